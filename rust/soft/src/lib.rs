@@ -1,0 +1,1 @@
+//! Ostler software CPU
