@@ -1,0 +1,73 @@
+"""The whole exception tree of Ostler.
+
+Every error a user can cause or meet derives from `OstlerError` and carries the exit status the command line
+ends with. The text of an exception is one line that names what failed, the value, and what was expected: it is
+printed as it stands, so it needs no prefix and no traceback around it. Bugs are any other exception.
+
+Left out on purpose: anything that formats, logs or exits; that is the command line's work.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class OstlerError(Exception):
+    """Base of all expected failures; by itself a failure of the host (disk full, apt unreachable)."""
+
+    exit_status: ClassVar[int] = 1
+
+
+class BadRequest(OstlerError):
+    """The user asked for something that cannot be: a value, a file, a combination."""
+
+    exit_status = 2
+
+
+class KernelError(BadRequest):
+    """The file given as a kernel is not one Ostler can enter: wrong format, truncated, wrong machine."""
+
+
+class AccelUnavailable(BadRequest):
+    """The accelerator asked for by name cannot run guests here: no KVM, KVM too slow, no engine built."""
+
+
+class HostError(OstlerError):
+    """The host refused something Ostler needs: memory, a file descriptor, a system call."""
+
+
+class AccelError(HostError):
+    """An accelerator broke its contract or refused a call the machine depends on."""
+
+
+class ImageError(HostError):
+    """Guest material could not be fetched, verified, unpacked or built."""
+
+
+class StateError(OstlerError):
+    """Saved state does not validate. It is treated as hostile input, never as a bug of the reader."""
+
+
+class GuestCrash(OstlerError):
+    """The guest ended itself in disorder.
+
+    `details` is a multi-line report (registers, the faulting instruction) that only `--debug` prints.
+    """
+
+    exit_status = 3
+
+    def __init__(self, message: str, *, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class TripleFault(GuestCrash):
+    """A fault while delivering a double fault: a real machine would reset."""
+
+
+class GuestPanic(GuestCrash):
+    """The guest's kernel reported a panic through the panic-notification device."""
+
+
+class GuestStuck(GuestCrash):
+    """A vCPU cannot go on: failed entry, internal error of the accelerator."""
