@@ -1,0 +1,1 @@
+"""Layouts and numbers shared with the kernel. Nothing here opens, maps or calls anything."""
