@@ -1,1 +1,3 @@
 //! Ostler software CPU
+
+pub mod host;
