@@ -1,3 +1,12 @@
-//! Ostler software CPU
+//! Ostler's software CPU: what Linux's KVM does inside the kernel, done in user space.
+//!
+//! A `System` plays `/dev/kvm`, a `Vm` a VM file descriptor, a `Vcpu` a vCPU's: the same
+//! requests on the same structures (Documentation/virt/kvm/api.rst). Inside, `cpu` interprets
+//! x86-64, `mem` holds the memory slots, `irqchip` the interrupt controllers and timers, and
+//! `host` runs SIMD and x87 instructions on the host's own units.
+//!
+//! Nothing here knows of Python; `rust/soft-py` is the shell that does.
 
+pub mod cpu;
 pub mod host;
+pub mod mem;

@@ -1,0 +1,247 @@
+//! The software TLB: linear page -> host page, per privilege mode, tagged by address space.
+//!
+//! Three direct-mapped arrays: user, supervisor with SMAP in force, supervisor without. An entry
+//! has one tag each for reading, writing and execution: the linear page, with the address space
+//! number in its low 12 bits. `(address + size - 1) & !0xfff | asid` equals the tag only when the
+//! access is allowed, lies within one page and that page is RAM, so one comparison decides the
+//! fast path. Whatever needs more (MMIO, clean pages under a dirty log, pages with decoded code,
+//! page-crossing accesses) has no matching tag and takes the slow path.
+//!
+//! PCIDs (and CR3 values without PCID) map to address space numbers; forgetting a PCID gives it a
+//! new number. INVLPG clears by slot whatever the number, so global pages need nothing special.
+
+use super::state::{cr0, cr4, rflags};
+use super::Cpu;
+use crate::mem::Slot;
+
+/// Entries per array.
+pub const ENTRIES: usize = 1024;
+/// A tag that matches no access (0xfff is never an address space number).
+pub const INVALID: u64 = u64::MAX;
+
+/// One TLB entry.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Entry {
+    pub(crate) r: u64,
+    pub(crate) w: u64,
+    pub(crate) x: u64,
+    /// Host address minus linear address (wrapping).
+    pub(crate) addend: usize,
+}
+
+const EMPTY: Entry = Entry { r: INVALID, w: INVALID, x: INVALID, addend: 0 };
+
+/// Which array: who accesses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Mode {
+    /// CPL 3.
+    User,
+    /// Supervisor that may not touch user pages (SMAP, AC clear) .
+    Smap,
+    /// Supervisor that may.
+    Super,
+}
+
+/// The three arrays and the address space numbers.
+pub struct Tlb {
+    arrays: Box<[[Entry; ENTRIES]; 3]>,
+    pub(crate) mode: Mode,
+    asid_of_pcid: Box<[u16; 4096]>,
+    next_asid: u16,
+}
+
+impl Default for Tlb {
+    fn default() -> Self {
+        Self {
+            arrays: vec![[EMPTY; ENTRIES]; 3].into_boxed_slice().try_into().ok().unwrap_or_else(|| unreachable!()),
+            mode: Mode::Super,
+            asid_of_pcid: Box::new([0; 4096]),
+            next_asid: 1,
+        }
+    }
+}
+
+impl Tlb {
+    /// The first entry of a mode's array.
+    pub(crate) fn array(&mut self, mode: usize) -> *mut Entry {
+        self.arrays[mode].as_mut_ptr()
+    }
+
+    fn clear(&mut self) {
+        for array in self.arrays.iter_mut() {
+            array.fill(EMPTY);
+        }
+    }
+
+    fn drop_writes(&mut self) {
+        for entry in self.arrays.iter_mut().flatten() {
+            entry.w = INVALID;
+        }
+    }
+}
+
+/// The slot of a linear address.
+#[inline(always)]
+pub fn index(linear: u64) -> usize {
+    (linear >> 12) as usize & (ENTRIES - 1)
+}
+
+/// Sign-extended 48-bit address.
+#[inline(always)]
+pub fn canonical(linear: u64) -> bool {
+    ((linear as i64) << 16 >> 16) as u64 == linear
+}
+
+impl Cpu {
+    /// The tag an access of `size` bytes at `linear` must find.
+    #[inline(always)]
+    pub(crate) fn tag(&self, linear: u64, size: u64) -> u64 {
+        (linear.wrapping_add(size - 1) & !0xfff) | self.asid
+    }
+
+    /// The entry of `linear` in the array of the current mode.
+    #[inline(always)]
+    pub(crate) fn entry(&mut self, linear: u64) -> &mut Entry {
+        // SAFETY: tlb_now points at an array of ENTRIES and index() is below it.
+        unsafe { &mut *self.tlb_now.add(index(linear)) }
+    }
+
+    /// Chooses the array after a change of CPL, SMAP or AC.
+    pub fn update_mmu_mode(&mut self) {
+        let mode = if self.cpl == 3 {
+            Mode::User
+        } else if self.cr4 & cr4::SMAP != 0 && self.sys_flags as u64 & rflags::AC == 0 {
+            Mode::Smap
+        } else {
+            Mode::Super
+        };
+        self.use_mode(mode);
+    }
+
+    pub(crate) fn use_mode(&mut self, mode: Mode) {
+        self.tlb.mode = mode;
+        self.tlb_now = self.tlb.array(mode as usize);
+    }
+
+    /// Runs `body` with the rights of implicit supervisor accesses (descriptor tables, TSS).
+    #[inline]
+    pub fn as_supervisor<T>(&mut self, body: impl FnOnce(&mut Self) -> T) -> T {
+        let before = self.tlb.mode;
+        self.use_mode(if self.cr4 & cr4::SMAP != 0 { Mode::Smap } else { Mode::Super });
+        let result = body(self);
+        self.use_mode(before);
+        result
+    }
+
+    /// Forgets every translation (CR0.PG, CR4 paging bits, slots changed).
+    pub fn flush_all(&mut self) {
+        self.tlb.clear();
+        self.tlb.asid_of_pcid.fill(0);
+        self.tlb.next_asid = 1;
+        self.exec_epoch += 1;
+        self.select_asid();
+    }
+
+    /// Forgets the write permissions cached: a dirty log was read or code was found.
+    pub fn flush_writes(&mut self) {
+        self.tlb.drop_writes();
+    }
+
+    /// Forgets the write permissions cached for one host page.
+    pub(crate) fn flush_writes_of(&mut self, host_page: usize) {
+        for entry in self.tlb.arrays.iter_mut().flatten() {
+            if entry.w != INVALID && ((entry.w & !0xfff) as usize).wrapping_add(entry.addend) == host_page {
+                entry.w = INVALID;
+            }
+        }
+    }
+
+    fn pcid(&self) -> usize {
+        if self.cr4 & cr4::PCIDE != 0 {
+            self.cr3 as usize & 0xfff
+        } else {
+            0
+        }
+    }
+
+    /// Takes the address space number of CR3's PCID, a new one if it has none.
+    fn select_asid(&mut self) {
+        let pcid = self.pcid();
+        if self.tlb.asid_of_pcid[pcid] == 0 {
+            if self.tlb.next_asid == 0xfff {
+                self.tlb.clear();
+                self.tlb.asid_of_pcid.fill(0);
+                self.tlb.next_asid = 1;
+                self.exec_epoch += 1;
+            }
+            self.tlb.asid_of_pcid[pcid] = self.tlb.next_asid;
+            self.tlb.next_asid += 1;
+        }
+        self.asid = self.tlb.asid_of_pcid[pcid] as u64;
+    }
+
+    /// After CR3 was loaded; `keep` when its bit 63 asked not to flush the PCID.
+    pub fn cr3_loaded(&mut self, keep: bool) {
+        if !keep {
+            let pcid = self.pcid();
+            self.tlb.asid_of_pcid[pcid] = 0;
+        }
+        self.select_asid();
+    }
+
+    /// Forgets one PCID's translations (INVPCID types 0 and 1).
+    pub fn flush_pcid(&mut self, pcid: u16) {
+        self.tlb.asid_of_pcid[pcid as usize & 0xfff] = 0;
+        self.select_asid();
+    }
+
+    /// INVLPG: forgets `linear` in every address space, with all of its 2 MiB neighbourhood, as the
+    /// entry may be a fragment of a large page (pitfall 11). 1 GiB pages are cached as 2 MiB ones
+    /// are, in 4 KiB fragments; for them everything goes.
+    pub fn invlpg(&mut self, linear: u64) {
+        let region = linear >> 21;
+        for array in self.tlb.arrays.iter_mut() {
+            let first = index(linear & !0x1f_ffff);
+            for entry in &mut array[first..first + 512] {
+                let of = |tag: u64| tag != INVALID && tag >> 21 == region;
+                if of(entry.r) || of(entry.w) || of(entry.x) {
+                    *entry = EMPTY;
+                }
+            }
+        }
+        self.exec_epoch += 1;
+    }
+
+    /// Installs a translation. `writable` and `executable` as far as they may be cached now.
+    pub(crate) fn install(
+        &mut self,
+        linear: u64,
+        host_page: *mut u8,
+        readable: bool,
+        writable: bool,
+        executable: bool,
+    ) {
+        let page = linear & !0xfff;
+        let tag = page | self.asid;
+        let pick = |yes: bool| if yes { tag } else { INVALID };
+        *self.entry(linear) = Entry {
+            r: pick(readable),
+            w: pick(writable),
+            x: pick(executable),
+            addend: (host_page as usize).wrapping_sub(page as usize),
+        };
+    }
+
+    /// Whether stores to this page may take the fast path: logged already, and no code on it.
+    pub(crate) fn store_cacheable(slot: &Slot, gpa: u64) -> bool {
+        !slot.read_only && slot.code_word(gpa).load(std::sync::atomic::Ordering::Acquire) & 0xffff_ffff == 0
+    }
+
+    /// Paging is on.
+    #[inline]
+    pub fn paging(&self) -> bool {
+        self.cr0 & cr0::PG != 0
+    }
+}

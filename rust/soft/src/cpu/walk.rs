@@ -1,0 +1,265 @@
+//! Page walks: 4-level, PAE and 32-bit paging, with exact error codes and atomic A/D updates.
+//!
+//! SDM vol. 3, 4.3-4.7. Left out: 5-level paging, protection keys, shadow stacks (not in any CPU
+//! model).
+
+use super::state::{cr0, cr4, efer, rflags};
+use super::{Cpu, R};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
+
+/// Page-fault error code bits.
+#[allow(missing_docs)]
+pub mod pf {
+    pub const P: u32 = 1;
+    pub const W: u32 = 2;
+    pub const U: u32 = 4;
+    pub const RSVD: u32 = 8;
+    pub const I: u32 = 16;
+}
+
+const P: u64 = 1;
+const RW: u64 = 2;
+const US: u64 = 4;
+const A: u64 = 1 << 5;
+const D: u64 = 1 << 6;
+const PS: u64 = 1 << 7;
+const NX: u64 = 1 << 63;
+
+/// Who accesses and how.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Access {
+    /// A store.
+    pub write: bool,
+    /// An instruction fetch.
+    pub exec: bool,
+    /// With CPL 3's rights.
+    pub user: bool,
+    /// SMAP forbids user pages.
+    pub smap: bool,
+}
+
+/// The result of a walk.
+#[derive(Clone, Copy, Debug)]
+pub struct Page {
+    /// Guest-physical address of the byte asked for.
+    pub gpa: u64,
+    /// The same access rights would allow reads, writes (and D is set), fetches.
+    pub readable: bool,
+    /// Writable, and the dirty bit is set.
+    pub writable: bool,
+    /// Executable.
+    pub executable: bool,
+}
+
+/// Rights accumulated over the levels.
+#[derive(Clone, Copy)]
+struct Rights {
+    user: bool,
+    write: bool,
+    nx: bool,
+}
+
+impl Cpu {
+    /// Translates `linear`, or stops with #PF.
+    pub fn walk(&mut self, linear: u64, access: Access) -> R<Page> {
+        self.try_walk(linear, access, true).map_err(|error| self.pf(linear, error))
+    }
+
+    /// Translates without faulting; the error is the #PF error code. `update` sets A and D.
+    pub fn try_walk(&mut self, linear: u64, access: Access, update: bool) -> Result<Page, u32> {
+        if !self.paging() {
+            return Ok(Page { gpa: linear & 0xffff_ffff, readable: true, writable: true, executable: true });
+        }
+        let base = access.write as u32 * pf::W + access.user as u32 * pf::U;
+        let nx_reported = self.efer & efer::NXE != 0 && self.cr4 & cr4::PAE != 0 || self.cr4 & cr4::SMEP != 0;
+        let base = base + (access.exec && nx_reported) as u32 * pf::I;
+        if self.cr4 & cr4::PAE == 0 {
+            self.walk32(linear, access, base, update)
+        } else {
+            self.walk64(linear, access, base, update)
+        }
+    }
+
+    fn entry64(&self, gpa: u64) -> Option<&AtomicU64> {
+        let host = self.slots.host(gpa)?;
+        // SAFETY: gpa is 8-byte aligned RAM of a live slot; the guest may change it any time, hence atomic.
+        Some(unsafe { &*(host as *const AtomicU64) })
+    }
+
+    fn entry32(&self, gpa: u64) -> Option<&AtomicU32> {
+        let host = self.slots.host(gpa)?;
+        // SAFETY: as entry64, 4-byte aligned.
+        Some(unsafe { &*(host as *const AtomicU32) })
+    }
+
+    /// Marks the table page dirty in the log when a walk set bits in it.
+    fn log_table(&self, gpa: u64) {
+        if let Some(slot) = self.slots.find(gpa) {
+            slot.mark_dirty(gpa);
+        }
+    }
+
+    fn walk64(&mut self, linear: u64, access: Access, base: u32, update: bool) -> Result<Page, u32> {
+        let long = self.lma();
+        let nxe = self.efer & efer::NXE != 0;
+        let address_mask = ((1u64 << self.phys_bits) - 1) & !0xfff;
+        let reserved = !((1u64 << self.phys_bits) - 1) & 0x000f_ffff_ffff_ffff | if nxe { 0 } else { NX };
+        let mut rights = Rights { user: true, write: true, nx: false };
+        let (mut level, mut table) = if long {
+            (4u32, self.cr3 & address_mask)
+        } else {
+            let pdpte = self.pdptr[(linear >> 30) as usize & 3];
+            if pdpte & P == 0 {
+                return Err(base);
+            }
+            (2, pdpte & address_mask)
+        };
+        loop {
+            let shift = 12 + 9 * (level - 1);
+            let at = table + ((linear >> shift) & 0x1ff) * 8;
+            let Some(cell) = self.entry64(at) else {
+                return Err(base | pf::P | pf::RSVD);
+            };
+            let pte = cell.load(Acquire);
+            if pte & P == 0 {
+                return Err(base);
+            }
+            let large = level == 1 || level <= 3 && pte & PS != 0;
+            let mut bad = reserved | if long { 0 } else { 0x7ff0_0000_0000_0000 };
+            if level == 4 {
+                bad |= PS;
+            }
+            if large && level > 1 {
+                bad |= (1u64 << shift) - (1 << 13);
+            }
+            if pte & bad != 0 {
+                return Err(base | pf::P | pf::RSVD);
+            }
+            rights.user &= pte & US != 0;
+            rights.write &= pte & RW != 0;
+            rights.nx |= pte & NX != 0;
+            if !large {
+                if update && pte & A == 0 {
+                    cell.fetch_or(A, AcqRel);
+                    self.log_table(at);
+                }
+                table = pte & address_mask;
+                level -= 1;
+                continue;
+            }
+            self.check(rights, access).map_err(|()| base | pf::P)?;
+            let want = A | if access.write { D } else { 0 };
+            if update && pte & want != want {
+                // Another CPU may have changed the entry since: then start over.
+                if cell.compare_exchange(pte, pte | want, AcqRel, Acquire).is_err() {
+                    return self.walk64(linear, access, base, update);
+                }
+                self.log_table(at);
+            }
+            let offset = (1u64 << shift) - 1;
+            let gpa = (pte & address_mask & !offset) | (linear & offset);
+            return Ok(self.page(gpa, rights, access, (pte | want) & D != 0));
+        }
+    }
+
+    fn walk32(&mut self, linear: u64, access: Access, base: u32, update: bool) -> Result<Page, u32> {
+        let mut rights = Rights { user: true, write: true, nx: false };
+        let at = (self.cr3 & 0xffff_f000) + ((linear >> 22) & 0x3ff) * 4;
+        let Some(cell) = self.entry32(at) else {
+            return Err(base | pf::P | pf::RSVD);
+        };
+        let pde = cell.load(Acquire);
+        if pde & P as u32 == 0 {
+            return Err(base);
+        }
+        let large = pde & PS as u32 != 0 && self.cr4 & cr4::PSE != 0;
+        let (at, pte, page_base, offset) = if large {
+            if pde & (1 << 21) != 0 {
+                return Err(base | pf::P | pf::RSVD);
+            }
+            let high = ((pde as u64 >> 13) & 0xff) << 32;
+            (at, pde, high | (pde & 0xffc0_0000) as u64, 0x3f_ffff)
+        } else {
+            rights.user &= pde & US as u32 != 0;
+            rights.write &= pde & RW as u32 != 0;
+            if update && pde & A as u32 == 0 {
+                cell.fetch_or(A as u32, AcqRel);
+                self.log_table(at);
+            }
+            let at = (pde & 0xffff_f000) as u64 + ((linear >> 12) & 0x3ff) * 4;
+            let Some(cell) = self.entry32(at) else {
+                return Err(base | pf::P | pf::RSVD);
+            };
+            let pte = cell.load(Acquire);
+            if pte & P as u32 == 0 {
+                return Err(base);
+            }
+            (at, pte, (pte & 0xffff_f000) as u64, 0xfff)
+        };
+        rights.user &= pte & US as u32 != 0;
+        rights.write &= pte & RW as u32 != 0;
+        self.check(rights, access).map_err(|()| base | pf::P)?;
+        let want = (A | if access.write { D } else { 0 }) as u32;
+        if update && pte & want != want {
+            let Some(cell) = self.entry32(at) else {
+                return Err(base);
+            };
+            if cell.compare_exchange(pte, pte | want, AcqRel, Acquire).is_err() {
+                return self.walk32(linear, access, base, update);
+            }
+            self.log_table(at);
+        }
+        Ok(self.page(page_base | (linear & offset), rights, access, (pte | want) & D as u32 != 0))
+    }
+
+    /// SDM vol. 3, 4.6.1: whether the rights allow the access.
+    fn check(&self, rights: Rights, access: Access) -> Result<(), ()> {
+        let forbidden = if access.user {
+            !rights.user || access.write && !rights.write
+        } else if access.exec {
+            rights.user && self.cr4 & cr4::SMEP != 0
+        } else {
+            rights.user && access.smap || access.write && !rights.write && self.cr0 & cr0::WP != 0
+        };
+        if forbidden || access.exec && rights.nx {
+            Err(())
+        } else {
+            Ok(())
+        }
+    }
+
+    fn page(&self, gpa: u64, rights: Rights, access: Access, dirty: bool) -> Page {
+        let may = |write, exec| self.check(rights, Access { write, exec, ..access }).is_ok();
+        Page { gpa, readable: may(false, false), writable: dirty && may(true, false), executable: may(false, true) }
+    }
+
+    /// Loads the PAE page-directory pointers from CR3; `false` when one has reserved bits set.
+    pub fn load_pdptrs(&mut self) -> bool {
+        let mut loaded = [0; 4];
+        for (index, slot) in loaded.iter_mut().enumerate() {
+            let at = (self.cr3 & 0xffff_ffe0) + 8 * index as u64;
+            let Some(cell) = self.entry64(at) else {
+                return false;
+            };
+            *slot = cell.load(Acquire);
+            let reserved = !((1u64 << self.phys_bits) - 1) | 0x1e6;
+            if *slot & P != 0 && *slot & reserved != 0 {
+                return false;
+            }
+        }
+        self.pdptr = loaded;
+        true
+    }
+
+    /// The access rights of the current mode for a data access.
+    pub(crate) fn access_now(&self, write: bool) -> Access {
+        use super::mmu::Mode;
+        Access { write, exec: false, user: self.tlb.mode == Mode::User, smap: self.tlb.mode == Mode::Smap }
+    }
+
+    /// Whether alignment checking is on (CR0.AM, RFLAGS.AC, CPL 3).
+    #[inline]
+    pub fn alignment_checked(&self) -> bool {
+        self.cpl == 3 && self.cr0 & cr0::AM != 0 && self.sys_flags as u64 & rflags::AC != 0
+    }
+}
