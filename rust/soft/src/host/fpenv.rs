@@ -73,49 +73,22 @@ impl Fields {
         let low = |word: usize| u16::from_le_bytes(array(&image[word * stride..]));
         let (fcw, fsw, ftw) = (low(0), low(1), low(2));
         let (fip, fop, fdp) = match format {
-            EnvFormat {
-                wide: true,
-                real_mode: false,
-            } => {
+            EnvFormat { wide: true, real_mode: false } => {
                 let dword = |word: usize| u32::from_le_bytes(array(&image[word * 4..]));
                 (dword(3), (dword(4) >> 16) as u16, dword(5))
             }
-            EnvFormat {
-                wide: true,
-                real_mode: true,
-            } => {
+            EnvFormat { wide: true, real_mode: true } => {
                 let dword = |word: usize| u32::from_le_bytes(array(&image[word * 4..]));
                 let high = |word: usize| (dword(word) >> 12 & 0xFFFF) << 16;
-                (
-                    u32::from(low(3)) | high(4),
-                    dword(4) as u16,
-                    u32::from(low(5)) | high(6),
-                )
+                (u32::from(low(3)) | high(4), dword(4) as u16, u32::from(low(5)) | high(6))
             }
-            EnvFormat {
-                wide: false,
-                real_mode: false,
-            } => (u32::from(low(3)), 0, u32::from(low(5))),
-            EnvFormat {
-                wide: false,
-                real_mode: true,
-            } => {
+            EnvFormat { wide: false, real_mode: false } => (u32::from(low(3)), 0, u32::from(low(5))),
+            EnvFormat { wide: false, real_mode: true } => {
                 let high = |word: usize| u32::from(low(word) >> 12) << 16;
-                (
-                    u32::from(low(3)) | high(4),
-                    low(4),
-                    u32::from(low(5)) | high(6),
-                )
+                (u32::from(low(3)) | high(4), low(4), u32::from(low(5)) | high(6))
             }
         };
-        Self {
-            fcw,
-            fsw,
-            ftw,
-            fip,
-            fop,
-            fdp,
-        }
+        Self { fcw, fsw, ftw, fip, fop, fdp }
     }
 }
 
@@ -129,34 +102,15 @@ fn load_fields(state: &mut FpState, fields: &Fields) {
 }
 
 fn store_environment(state: &FpState, image: &mut [u8], format: EnvFormat) {
-    let (fip, fdp, fop) = (
-        state.fip() as u32,
-        state.fdp() as u32,
-        u32::from(state.fop()),
-    );
+    let (fip, fdp, fop) = (state.fip() as u32, state.fdp() as u32, u32::from(state.fop()));
     let control = [state.fcw(), state.fsw(), full_tag_word(state)];
     let pointers = match format {
-        EnvFormat {
-            wide: true,
-            real_mode: false,
-        } => [fip, fop << 16, fdp, 0xFFFF_0000],
-        EnvFormat {
-            wide: true,
-            real_mode: true,
-        } => [
-            0xFFFF_0000 | fip & 0xFFFF,
-            (fip >> 16) << 12 | fop,
-            0xFFFF_0000 | fdp & 0xFFFF,
-            (fdp >> 16) << 12,
-        ],
-        EnvFormat {
-            wide: false,
-            real_mode: false,
-        } => [fip, 0, fdp, 0],
-        EnvFormat {
-            wide: false,
-            real_mode: true,
-        } => [fip, (fip >> 16) << 12 | fop, fdp, (fdp >> 16) << 12],
+        EnvFormat { wide: true, real_mode: false } => [fip, fop << 16, fdp, 0xFFFF_0000],
+        EnvFormat { wide: true, real_mode: true } => {
+            [0xFFFF_0000 | fip & 0xFFFF, (fip >> 16) << 12 | fop, 0xFFFF_0000 | fdp & 0xFFFF, (fdp >> 16) << 12]
+        }
+        EnvFormat { wide: false, real_mode: false } => [fip, 0, fdp, 0],
+        EnvFormat { wide: false, real_mode: true } => [fip, (fip >> 16) << 12 | fop, fdp, (fdp >> 16) << 12],
     };
     let words = control.map(|word| 0xFFFF_0000 | u32::from(word));
     let stride = format.bytes() / 7;
@@ -170,11 +124,7 @@ pub fn full_tag_word(state: &FpState) -> u16 {
     let top = usize::from(state.top());
     (0..8).fold(0, |tags, physical| {
         let used = state.ftw_abridged() >> physical & 1 != 0;
-        let tag = if used {
-            tag_of(state, (physical + 8 - top) & 7)
-        } else {
-            3
-        };
+        let tag = if used { tag_of(state, (physical + 8 - top) & 7) } else { 3 };
         tags | tag << (2 * physical)
     })
 }
@@ -195,10 +145,7 @@ fn tag_of(state: &FpState, slot: usize) -> u16 {
 mod tests {
     use super::*;
 
-    const PROTECTED_32: EnvFormat = EnvFormat {
-        wide: true,
-        real_mode: false,
-    };
+    const PROTECTED_32: EnvFormat = EnvFormat { wide: true, real_mode: false };
 
     /// 1.0, pi, 0, infinity pushed in this order.
     fn sample() -> FpState {
@@ -206,10 +153,7 @@ mod tests {
         state.set_fsw(4 << 11);
         state.set_ftw_abridged(0xF0);
         state.set_st(3, [0, 0, 0, 0, 0, 0, 0, 0x80, 0xFF, 0x3F]);
-        state.set_st(
-            2,
-            [0x35, 0xC2, 0x68, 0x21, 0xA2, 0xDA, 0x0F, 0xC9, 0x00, 0x40],
-        );
+        state.set_st(2, [0x35, 0xC2, 0x68, 0x21, 0xA2, 0xDA, 0x0F, 0xC9, 0x00, 0x40]);
         state.set_st(0, [0, 0, 0, 0, 0, 0, 0, 0x80, 0xFF, 0x7F]);
         state.set_fip(0xABCD_1234);
         state
@@ -228,19 +172,8 @@ mod tests {
 
         fnstenv(&mut state, &mut image, PROTECTED_32);
 
-        let words: Vec<u32> = image
-            .chunks(4)
-            .map(|c| u32::from_le_bytes(array(c)))
-            .collect();
-        let expected = [
-            0xFFFF_0340,
-            0xFFFF_2000,
-            0xFFFF_06FF,
-            0xABCD_1234,
-            0,
-            0,
-            0xFFFF_0000,
-        ];
+        let words: Vec<u32> = image.chunks(4).map(|c| u32::from_le_bytes(array(c))).collect();
+        let expected = [0xFFFF_0340, 0xFFFF_2000, 0xFFFF_06FF, 0xABCD_1234, 0, 0, 0xFFFF_0000];
         assert_eq!(words, expected);
         assert_eq!(state.fcw(), 0x037F);
     }
@@ -255,10 +188,7 @@ mod tests {
             let mut image = [0; 108];
 
             fnsave(&mut state, &mut image, format);
-            assert_eq!(
-                (state.fcw(), state.fsw(), state.ftw_abridged()),
-                (0x037F, 0, 0)
-            );
+            assert_eq!((state.fcw(), state.fsw(), state.ftw_abridged()), (0x037F, 0, 0));
             frstor(&mut state, &image, format);
 
             assert_eq!(state.bytes()[..512], before.bytes()[..512], "{format:?}");

@@ -65,9 +65,7 @@ impl Default for FpState {
 impl FpState {
     /// State after a hardware reset.
     pub fn new() -> Self {
-        let mut state = Self {
-            bytes: [0; STATE_BYTES],
-        };
+        let mut state = Self { bytes: [0; STATE_BYTES] };
         state.put_u16(FCW, FCW_RESET);
         // Reset leaves every tag at "zero", that is: valid.
         state.bytes[FTW] = 0xFF;
@@ -77,9 +75,7 @@ impl FpState {
 
     /// State after XRSTOR of nothing: what Linux calls the init state.
     pub fn initial() -> Self {
-        let mut state = Self {
-            bytes: [0; STATE_BYTES],
-        };
+        let mut state = Self { bytes: [0; STATE_BYTES] };
         state.put_u16(FCW, FCW_INIT);
         state.put_u32(MXCSR, MXCSR_INIT);
         state
@@ -359,10 +355,7 @@ mod tests {
         state.fninit();
 
         assert_eq!(state.st(3), [3; 10]);
-        assert_eq!(
-            (state.fcw(), state.fsw(), state.ftw_abridged()),
-            (FCW_INIT, 0, 0)
-        );
+        assert_eq!((state.fcw(), state.fsw(), state.ftw_abridged()), (FCW_INIT, 0, 0));
     }
 
     #[test]

@@ -65,17 +65,10 @@ pub(super) fn save_x87(state: &FpState, image: &mut [u8], format: Format) {
 }
 
 pub(super) fn load_x87(state: &mut FpState, image: &[u8], format: Format) {
-    state.set_control_and_status(
-        u16::from_le_bytes(array(&image[0..2])),
-        u16::from_le_bytes(array(&image[2..4])),
-    );
+    state.set_control_and_status(u16::from_le_bytes(array(&image[0..2])), u16::from_le_bytes(array(&image[2..4])));
     state.set_ftw_abridged(image[4]);
     state.set_fop(u16::from_le_bytes(array(&image[6..8])));
-    let pointer_mask = if format.wide_pointers {
-        u64::MAX
-    } else {
-        0xFFFF_FFFF
-    };
+    let pointer_mask = if format.wide_pointers { u64::MAX } else { 0xFFFF_FFFF };
     state.set_fip(u64::from_le_bytes(array(&image[8..16])) & pointer_mask);
     state.set_fdp(u64::from_le_bytes(array(&image[16..24])) & pointer_mask);
     for index in 0..8 {
@@ -105,14 +98,8 @@ pub(super) fn load_xmm(state: &mut FpState, image: &[u8], format: Format) {
 mod tests {
     use super::*;
 
-    const LONG: Format = Format {
-        wide_pointers: true,
-        sixteen_registers: true,
-    };
-    const LEGACY: Format = Format {
-        wide_pointers: false,
-        sixteen_registers: false,
-    };
+    const LONG: Format = Format { wide_pointers: true, sixteen_registers: true };
+    const LEGACY: Format = Format { wide_pointers: false, sixteen_registers: false };
 
     fn sample() -> FpState {
         let mut state = FpState::initial();
