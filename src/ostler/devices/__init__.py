@@ -1,0 +1,1 @@
+"""Devices: state machines with time, interrupts, memory and back ends injected."""

@@ -1,0 +1,1 @@
+"""ACPI's fixed hardware; the tables that describe it are made in ostler.boot.acpi."""

@@ -1,0 +1,1 @@
+"""The devices every PC operating system takes for granted."""

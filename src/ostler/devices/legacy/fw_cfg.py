@@ -1,0 +1,59 @@
+"""QEMU's firmware configuration device, ports 0x510 and 0x511 (docs/specs/fw_cfg).
+
+Bare-metal test programs learn the number of processors and the size of memory from it. Only the
+selector and the data port are offered: the identity's DMA bit is clear. Items are read-only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+FW_CFG_PORT, FW_CFG_PORTS = 0x510, 2
+
+SIGNATURE, ID, UUID, RAM_SIZE, NOGRAPHIC, NB_CPUS = range(6)
+MAX_CPUS = 0x0F
+FILE_DIRECTORY = 0x19
+FIRST_FILE = 0x20
+# By the specification; a longer name does not fit its directory entry.
+MAX_FILE_NAME = 55
+
+
+class FwCfg:
+    """A selector and a cursor into the selected item; behind its end everything reads zero."""
+
+    def __init__(self, *, cpus: int, ram_bytes: int, files: Mapping[str, bytes] | None = None) -> None:
+        self._items: dict[int, bytes] = {
+            SIGNATURE: b"QEMU",
+            ID: (1).to_bytes(4, "little"),
+            UUID: bytes(16),
+            RAM_SIZE: ram_bytes.to_bytes(8, "little"),
+            NOGRAPHIC: (1).to_bytes(2, "little"),
+            NB_CPUS: cpus.to_bytes(2, "little"),
+            MAX_CPUS: cpus.to_bytes(2, "little"),
+        }
+        self._add_files(files or {})
+        self._selected = b""
+        self._cursor = 0
+
+    def _add_files(self, files: Mapping[str, bytes]) -> None:
+        directory = len(files).to_bytes(4, "big")
+        for key, (name, data) in enumerate(sorted(files.items()), start=FIRST_FILE):
+            if len(name.encode()) > MAX_FILE_NAME:
+                raise ValueError(f"fw_cfg file {name!r}: name longer than {MAX_FILE_NAME} bytes")
+            self._items[key] = data
+            directory += len(data).to_bytes(4, "big") + key.to_bytes(2, "big") + bytes(2)
+            directory += name.encode().ljust(MAX_FILE_NAME + 1, b"\0")
+        self._items[FILE_DIRECTORY] = directory
+
+    def read(self, offset: int, size: int) -> int:  # noqa: ARG002
+        if offset == 0 or self._cursor >= len(self._selected):
+            return 0
+        byte = self._selected[self._cursor]
+        self._cursor += 1
+        return byte
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        # The selector is a 16-bit register; a byte written to the data port changes nothing.
+        if offset == 0 and size == 2:
+            self._selected = self._items.get(value, b"")
+            self._cursor = 0

@@ -1,0 +1,1 @@
+"""What the host kernel gives: memfds, eventfds, terminals. Knows nothing of guests."""

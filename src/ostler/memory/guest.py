@@ -1,0 +1,138 @@
+"""Guest memory as bytes: one memfd, bounds-checked access, slots of a VM.
+
+Every access names a guest-physical address and is checked against the regions: an address
+taken from guest data can at worst raise MemoryFault, which a device turns into an error of
+its own. A view must lie within one region, because the regions are apart on the host too.
+
+The accelerator may have translated guest code from these pages. Whoever writes through
+`write` tells it by itself; whoever writes through a view calls `written` afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol, Self
+
+from ostler.host.memfd import SharedMapping
+from ostler.memory.layout import Gpa, Region, RegionKind, ram_regions
+
+KVM_MEM_READONLY = 1 << 1
+
+WriteHook = Callable[[Gpa, int], None]
+
+
+class MemoryFault(Exception):
+    """An access outside of guest memory. Never leaves the device that made it."""
+
+    def __init__(self, gpa: int, size_bytes: int) -> None:
+        super().__init__(f"guest memory {gpa:#x}+{size_bytes:#x}: outside of every region")
+        self.gpa = gpa
+        self.size_bytes = size_bytes
+
+
+class SlotRegistrar(Protocol):
+    """The part of a VM that guest memory needs."""
+
+    def set_user_memory_region(self, slot: int, gpa: int, size: int, host_address: int, flags: int = 0) -> None:
+        """KVM_SET_USER_MEMORY_REGION."""
+
+
+class GuestMemory:
+    """All RAM of one guest. Threads may access it at once; a context manager."""
+
+    def __init__(self, regions: Iterable[Region]) -> None:
+        """Raises OSError when the host has no memory for it."""
+        self.regions = tuple(sorted(regions, key=lambda region: region.start))
+        for below, above in zip(self.regions, self.regions[1:], strict=False):
+            if below.end > above.start:
+                raise ValueError(f"regions overlap at {above.start:#x}")
+        self.size_bytes = sum(region.size_bytes for region in self.regions)
+        span = max(region.offset + region.size_bytes for region in self.regions)
+        self._mapping = SharedMapping("ostler-guest", span)
+        self._view = self._mapping.view()
+        self._hooks: list[WriteHook] = []
+
+    @classmethod
+    def of_size(cls, size_bytes: int) -> Self:
+        """RAM of the given size, laid around the hole below 4 GiB."""
+        return cls(ram_regions(size_bytes))
+
+    @property
+    def fd(self) -> int:
+        """The memfd; stays owned by this object."""
+        return self._mapping.fd
+
+    def _offset(self, gpa: int, size_bytes: int) -> int:
+        for region in self.regions:
+            if region.start <= gpa and gpa + size_bytes <= region.end:
+                if size_bytes < 0:
+                    break
+                return region.offset + (gpa - region.start)
+        raise MemoryFault(gpa, size_bytes)
+
+    def contains(self, gpa: int, size_bytes: int) -> bool:
+        """Whether the whole range lies within one region."""
+        if size_bytes < 0:
+            return False
+        return any(r.start <= gpa and gpa + size_bytes <= r.end for r in self.regions)
+
+    def view(self, gpa: int, size_bytes: int) -> memoryview:
+        """A writable view without a copy. Raises MemoryFault outside of one region."""
+        offset = self._offset(gpa, size_bytes)
+        return self._view[offset : offset + size_bytes]
+
+    def read(self, gpa: int, size_bytes: int) -> bytes:
+        """A copy of the bytes. Raises MemoryFault."""
+        offset = self._offset(gpa, size_bytes)
+        return bytes(self._view[offset : offset + size_bytes])
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy into the guest and tell the accelerator. Raises MemoryFault."""
+        offset = self._offset(gpa, len(data))
+        self._view[offset : offset + len(data)] = data
+        self.written(gpa, len(data))
+
+    def written(self, gpa: int, size_bytes: int) -> None:
+        """Announce bytes changed through a view."""
+        for hook in self._hooks:
+            hook(Gpa(gpa), size_bytes)
+
+    def on_write(self, hook: WriteHook) -> None:
+        """Call `hook(gpa, size_bytes)` after each write by the host."""
+        self._hooks.append(hook)
+
+    def read_int(self, gpa: int, size_bytes: int) -> int:
+        """A little-endian unsigned integer. Raises MemoryFault."""
+        return int.from_bytes(self.read(gpa, size_bytes), "little")
+
+    def write_int(self, gpa: int, size_bytes: int, value: int) -> None:
+        """A little-endian unsigned integer. Raises MemoryFault."""
+        self.write(gpa, value.to_bytes(size_bytes, "little"))
+
+    def host_address(self, gpa: int, size_bytes: int) -> int:
+        """Where the range lies in this process. Raises MemoryFault."""
+        return self._mapping.address + self._offset(gpa, size_bytes)
+
+    def register(self, vm: SlotRegistrar, *, first_slot: int = 0) -> int:
+        """Give every region to the VM as a slot; returns the next free slot number."""
+        for number, region in enumerate(self.regions, start=first_slot):
+            vm.set_user_memory_region(
+                number,
+                region.start,
+                region.size_bytes,
+                self._mapping.address + region.offset,
+                KVM_MEM_READONLY if region.kind is RegionKind.ROM else 0,
+            )
+        return first_slot + len(self.regions)
+
+    def close(self) -> None:
+        """Unmap. The VM must be gone; raises BufferError while views are alive."""
+        self._hooks.clear()
+        self._view.release()
+        self._mapping.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()

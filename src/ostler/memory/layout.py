@@ -1,0 +1,71 @@
+"""The guest-physical address map of Ostler's board.
+
+    0x0000_0000 .. up to 3 GiB   RAM below the hole
+    0xC000_0000 .. 0xFFFF_FFFF   the hole: PCI windows, IOAPIC, LAPIC, test memory
+    0x1_0000_0000 ..             RAM above 4 GiB, what did not fit below
+
+The PC's own areas inside low RAM (0x9_FC00 to 0x10_0000) are plain RAM to the accelerator
+and reserved in the map a kernel is given; the ACPI tables live there. Left out on purpose:
+a video frame buffer at 0xA_0000 and firmware at the top of 4 GiB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType
+
+Gpa = NewType("Gpa", int)
+
+PAGE_SIZE = 0x1000
+
+LOW_RAM_LIMIT = Gpa(0xC000_0000)
+HIGH_RAM_START = Gpa(0x1_0000_0000)
+# Page tables and boot structures must be addressable by every processor we offer.
+PHYSICAL_LIMIT = Gpa(1 << 40)
+
+EBDA_START = Gpa(0x9_FC00)
+ACPI_START = Gpa(0xE_0000)
+ACPI_LIMIT = Gpa(0x10_0000)
+HIGH_MEMORY_START = Gpa(0x10_0000)
+
+IOAPIC_BASE = Gpa(0xFEC0_0000)
+LAPIC_BASE = Gpa(0xFEE0_0000)
+TEST_MEMORY_BASE = Gpa(0xFF00_0000)
+# Intel KVM needs four pages of its own there; they are outside every slot of ours.
+KVM_TSS_BASE = Gpa(0xFFFB_D000)
+
+
+class RegionKind(Enum):
+    """What an accelerator must do with writes to a region."""
+
+    RAM = "ram"
+    ROM = "rom"
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """`size_bytes` of memory at `start`, backed from `offset` of the memfd on."""
+
+    start: Gpa
+    size_bytes: int
+    offset: int
+    kind: RegionKind = RegionKind.RAM
+
+    @property
+    def end(self) -> Gpa:
+        """The first address behind the region."""
+        return Gpa(self.start + self.size_bytes)
+
+
+def ram_regions(size_bytes: int) -> tuple[Region, ...]:
+    """Place `size_bytes` of RAM around the hole. Pages only; raises ValueError otherwise."""
+    if size_bytes <= 0 or size_bytes % PAGE_SIZE:
+        raise ValueError(f"guest memory of {size_bytes} bytes: expected whole pages")
+    low = min(size_bytes, LOW_RAM_LIMIT)
+    regions = [Region(Gpa(0), low, 0)]
+    if size_bytes > low:
+        regions.append(Region(HIGH_RAM_START, size_bytes - low, low))
+    if regions[-1].end > PHYSICAL_LIMIT:
+        raise ValueError(f"guest memory of {size_bytes} bytes: more than {PHYSICAL_LIMIT:#x}")
+    return tuple(regions)
