@@ -298,8 +298,8 @@ class VM(Protocol):
     ) -> None:
         """Turn a guest write of `size` bytes (0: any) at `address` into an eventfd signal."""
 
-    def get_dirty_log(self, slot: int, page_count: int) -> bytearray:
-        """A bit for every page written since the last call, and clear them; 64-bit padded."""
+    def get_dirty_log(self, slot: int) -> bytearray:
+        """Fetch and clear: a bit for every 4 KiB page written since the last call, padded to 64."""
 
     def clear_dirty_log(self, slot: int, first_page: int, page_count: int, bitmap: bytes | bytearray) -> None:
         """Clear and re-protect the pages of the bitmap; needs Cap.MANUAL_DIRTY_LOG_PROTECT2."""

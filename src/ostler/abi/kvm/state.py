@@ -11,7 +11,7 @@ from ostler.abi.fields import u8s, u16s, u32s, u64s
 
 KVM_NR_INTERRUPTS = 256
 KVM_APIC_REG_SIZE = 0x400
-KVM_XSAVE_SIZE = 4096
+XSAVE_SIZE_BYTES = 4096
 KVM_MAX_XCRS = 16
 
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0
@@ -92,7 +92,7 @@ class Fpu(Structure):
 class Xsave(Structure):
     """`struct kvm_xsave`: an XSAVE area in the standard format, 4096 bytes."""
 
-    _fields_ = (("region", c_uint32 * (KVM_XSAVE_SIZE // 4)),)
+    _fields_ = (("region", c_uint32 * (XSAVE_SIZE_BYTES // 4)),)
 
 
 class Xcr(Structure):

@@ -1,0 +1,26 @@
+"""`accel.open(name)`: from a name on the command line to an opened accelerator."""
+
+from ostler.accel.kvm import KvmSystem
+from ostler.accel.probe import probe
+from ostler.accel.soft import load_engine
+from ostler.accel.vm import Accelerator
+from ostler.errors import AccelUnavailable, BadRequest
+
+NAMES = ("auto", "kvm", "soft")
+
+
+def open_accelerator(name: str = "auto") -> Accelerator:
+    """Open an accelerator by name; `auto` takes what `probe()` chose.
+
+    Raises BadRequest for a name there is not, AccelUnavailable with the reason for one this host cannot give.
+    """
+    if name == "kvm":
+        return Accelerator("kvm", KvmSystem())
+    if name == "soft":
+        return Accelerator("soft", load_engine().System())
+    if name != "auto":
+        raise BadRequest(f"accelerator {name!r}: expected one of {', '.join(NAMES)}")
+    report = probe()
+    if report.choice is None:
+        raise AccelUnavailable(f"no accelerator: {report.kvm.text}; {report.soft_text}")
+    return open_accelerator(report.choice)
