@@ -1,0 +1,48 @@
+# Ostler: thin targets only; what they do is in tools/, in pyproject.toml and in the `ostler` command.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+PY := .venv/bin/python
+CARGO ?= cargo
+RUST_SOURCES := $(shell find rust -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
+
+.PHONY: help setup run test test-rust test-python lint fuzz bench conformance clean
+
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/.setup ## Install what is missing; leave .venv/bin/ostler
+
+.venv/.setup: tools/setup pyproject.toml tools/ostler_build.py tools/ostler_version.py $(RUST_SOURCES)
+	@tools/setup
+
+run: ## Boot a Debian kernel: a shell with a terminal, else a report and power-off
+	@tools/run
+
+test: setup test-rust test-python ## Set up, then run every test: the engine's, the package's, real guests
+
+test-rust: setup
+	@tools/cargo test --manifest-path rust/Cargo.toml --package ostler-soft --quiet
+
+test-python: setup
+	@$(PY) -m pytest
+
+lint: setup ## ruff, mypy, import-linter, rustfmt, clippy
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+	@tools/cargo fmt --manifest-path rust/Cargo.toml --all --check
+	@tools/cargo clippy --manifest-path rust/Cargo.toml --workspace --all-targets --quiet -- -D warnings
+
+fuzz: setup ## Random instructions on the host's CPU and on the interpreter, compared
+	@tools/fuzz
+
+bench: setup ## Interpreter speed, start to power-off, beside QEMU's TCG where there is one
+	@$(PY) benches/bench.py
+
+conformance: setup ## kvm-unit-tests: make conformance KUT=<folder of the built tests>
+	@$(PY) tools/conformance.py "$(KUT)"
+
+clean: ## Remove what setup made here; the cache of guest material stays
+	rm -rf .venv rust/target src/ostler/_soft*.so
