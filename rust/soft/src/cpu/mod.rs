@@ -17,10 +17,14 @@
 
 pub mod access;
 pub mod alu;
+pub mod atomic;
+pub mod bind;
+pub mod exec;
 pub mod io;
 pub mod mmu;
 pub mod op;
 pub mod state;
+pub mod table;
 pub mod walk;
 
 use crate::mem::SlotMap;
