@@ -1,19 +1,55 @@
-"""The command line: `ostler`."""
+"""The command line. `main` is the whole contract with the shell: exit status, and one line per error.
+
+0 all is well · 1 the host refused something · 2 a bad request · 3 the guest crashed · 128+n ended by signal n.
+"""
 
 from __future__ import annotations
 
-from ostler import __version__
+import os
+import sys
+import traceback
 
 
-def main() -> None:
-    """Entry point of the `ostler` command."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command that `arguments` (default: the process's own) name, then exit with its status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Where the options end, a "--debug" is the guest command's, not Ostler's.
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    sys.exit(_run(arguments, debug="--debug" in own or bool(os.environ.get("OSTLER_DEBUG"))))
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
     import typer
 
-    app = typer.Typer(name="ostler", no_args_is_help=True)
+    from ostler.cli.app import app
+    from ostler.errors import GuestCrash, OstlerError
 
-    @app.command()
-    def version() -> None:
-        """Print the version."""
-        typer.echo(__version__)
+    try:
+        status = app(arguments, prog_name="ostler", standalone_mode=False)
+        sys.stdout.flush()
+    except typer.TyperException as error:
+        return _complain(error.format_message(), error.exit_code)
+    except OstlerError as error:
+        if debug:
+            traceback.print_exc()
+            if isinstance(error, GuestCrash) and error.details:
+                print(error.details, file=sys.stderr)  # noqa: T201
+        return _complain(str(error), error.exit_status)
+    except BrokenPipeError:
+        # Whoever read standard output has gone; the interpreter must not meet that again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        return _complain(f"internal error: {text} (a bug of Ostler's; --debug shows where)", 1)
+    return status if isinstance(status, int) else 0
 
-    app()
+
+def _complain(message: str, status: int) -> int:
+    # Rich's padding and line ends of a multi-line message would break the promise of one line.
+    print("ostler: " + " ".join(message.split()), file=sys.stderr)  # noqa: T201
+    return status

@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ostler.errors import ImageError
@@ -46,14 +46,29 @@ def exchange_suite(print_uris: Iterable[str], host: str, wanted: str) -> list[st
     return list(dict.fromkeys(lines))
 
 
+def host_sources(wanted: str) -> list[str]:
+    """Return source lines for the Debian release `wanted`, reached as this host reaches its own.
+
+    Raises:
+        ImageError: there is no apt here, or no Debian source in its configuration.
+    """
+    if shutil.which("apt-get") is None:
+        raise ImageError("apt-get: not on this host, so no guest material can be fetched; give --kernel and --initrd")
+    host = host_release()
+    uris = _output(["apt-get", "update", "--print-uris"], os.environ).splitlines()
+    sources = exchange_suite(uris, host, wanted) if host else []
+    if not sources:
+        raise ImageError(f"apt: this host ({host or 'unknown release'}) has no Debian source to fetch from")
+    return sources
+
+
 class Apt:
     """Apt's client for one Debian release, with private state below the cache folder."""
 
     def __init__(self, release: str) -> None:
         self.release = release
         self._root = cache.root() / "apt" / release
-        if shutil.which("apt-get") is None:
-            raise ImageError("apt-get: not on this host, so no guest material can be fetched; give --kernel, --initrd")
+        self._sources = host_sources(release)
 
     def download(self, package: str, into: Path, progress: Progress = silent) -> tuple[Path, dict[str, str]]:
         """Fetch the newest `package` into the folder `into`; return the file and the package's control fields.
@@ -90,12 +105,7 @@ class Apt:
         for folder in ("lists/partial", "cache/archives/partial", "etc/parts"):
             (self._root / folder).mkdir(parents=True, exist_ok=True)
         (self._root / "status").touch()
-        host = host_release()
-        uris = self._output(["apt-get", "update", "--print-uris"], private=False).splitlines()
-        sources = exchange_suite(uris, host, self.release) if host else []
-        if not sources:
-            raise ImageError(f"apt: this host ({host or 'unknown release'}) has no Debian source to fetch from")
-        (self._root / "etc" / "sources.list").write_text("\n".join(sources) + "\n")
+        (self._root / "etc" / "sources.list").write_text("\n".join(self._sources) + "\n")
         settings = {
             "Dir::State": self._root,
             "Dir::State::lists": self._root / "lists",
@@ -113,7 +123,7 @@ class Apt:
             "Acquire::PDiffs": "false",
             "Acquire::Retries": "3",
         }
-        acquire = self._output(["apt-config", "dump", "Acquire"], private=False)
+        acquire = _output(["apt-config", "dump", "Acquire"], os.environ)
         # What desktops add to every update (screenshots, command indexes) is of no use here.
         kept = [line for line in acquire.splitlines() if line and "::IndexTargets::" not in line]
         own = [f'{name} "{value}";' for name, value in settings.items()]
@@ -121,10 +131,10 @@ class Apt:
 
     def _update(self, progress: Progress) -> None:
         progress(f"reading the package lists of Debian {self.release}")
-        self._output(["apt-get", "--quiet", "--error-on=any", "update"])
+        _output(["apt-get", "--quiet", "--error-on=any", "update"], self._environment())
 
     def _show(self, package: str) -> dict[str, str]:
-        text = self._output(["apt-cache", "--no-all-versions", "show", package])
+        text = _output(["apt-cache", "--no-all-versions", "show", package], self._environment())
         fields = (line.partition(": ") for line in text.splitlines() if line and not line[0].isspace())
         return {name: value for name, _, value in fields}
 
@@ -155,13 +165,13 @@ class Apt:
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "APT_CONFIG": str(self._root / "etc" / "apt.conf"), "LC_ALL": "C"}
 
-    def _output(self, command: list[str], *, private: bool = True) -> str:
-        environment = self._environment() if private else {**os.environ, "LC_ALL": "C"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode != 0:
-            shown = " ".join(word for word in command if not word.startswith("-"))
-            raise ImageError(f"{shown} (Debian {self.release}): {_last_error(done.stderr)}")
-        return done.stdout
+
+def _output(command: list[str], environment: Mapping[str, str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env={**environment, "LC_ALL": "C"}, check=False)
+    if done.returncode != 0:
+        shown = " ".join(word for word in command if not word.startswith("-"))
+        raise ImageError(f"{shown}: {_last_error(done.stderr)}")
+    return done.stdout
 
 
 def _last_error(text: str) -> str:

@@ -52,5 +52,5 @@ def test_unknown_package_is_one_line_with_apts_reason(tmp_path: Path, monkeypatc
     monkeypatch.setenv("OSTLER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(apt, "host_release", lambda: "x")
 
-    with pytest.raises(ImageError, match=r"apt-cache show .*\(Debian y\): No packages found"):
+    with pytest.raises(ImageError, match=r"apt-cache show nothing: No packages found"):
         apt.Apt("y").show("nothing")

@@ -1,0 +1,40 @@
+"""The commands of `ostler`. Each is a file of its own; heavy imports happen when it is called."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ostler.cli import doctor, kernels
+
+app = typer.Typer(
+    name="ostler",
+    help="The hypervisor you can pip install: guests under KVM, or on Ostler's own software CPU.",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("doctor")(doctor.command)
+app.add_typer(kernels.app, name="kernel")
+
+
+def _show_version(*, wanted: bool) -> None:
+    if wanted:
+        from ostler import __version__
+
+        typer.echo(f"ostler {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001, FBT002
+        bool, typer.Option("--version", callback=lambda wanted: _show_version(wanted=wanted), is_eager=True,
+                           help="Print the version and exit.")
+    ] = False,
+) -> None:  # fmt: skip
+    """Without a command: this help."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
