@@ -1,0 +1,117 @@
+"""CPUID feature bits by name (Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E).
+
+Names are those of Linux's /proc/cpuinfo where it has one. Only bits some CPU model of Ostler's gives, or
+that a host must be asked for, are listed.
+"""
+
+from typing import NamedTuple
+
+
+class Feature(NamedTuple):
+    """Where a feature bit lives."""
+
+    leaf: int
+    subleaf: int
+    register: str
+    bit: int
+
+
+def _row(leaf: int, subleaf: int, register: str, bits: dict[int, str]) -> dict[str, Feature]:
+    return {name: Feature(leaf, subleaf, register, bit) for bit, name in bits.items()}
+
+
+FEATURES: dict[str, Feature] = {
+    **_row(
+        0x1,
+        0,
+        "edx",
+        {
+            0: "fpu",
+            2: "de",
+            3: "pse",
+            4: "tsc",
+            5: "msr",
+            6: "pae",
+            8: "cx8",
+            9: "apic",
+            11: "sep",
+            13: "pge",
+            15: "cmov",
+            16: "pat",
+            17: "pse36",
+            19: "clflush",
+            23: "mmx",
+            24: "fxsr",
+            25: "sse",
+            26: "sse2",
+        },
+    ),
+    **_row(
+        0x1,
+        0,
+        "ecx",
+        {
+            0: "pni",
+            1: "pclmulqdq",
+            9: "ssse3",
+            13: "cx16",
+            17: "pcid",
+            19: "sse4_1",
+            20: "sse4_2",
+            21: "x2apic",
+            22: "movbe",
+            23: "popcnt",
+            24: "tsc_deadline_timer",
+            25: "aes",
+            26: "xsave",
+            30: "rdrand",
+            31: "hypervisor",
+        },
+    ),
+    **_row(0x6, 0, "eax", {2: "arat"}),
+    **_row(
+        0x7,
+        0,
+        "ebx",
+        {
+            0: "fsgsbase",
+            3: "bmi1",
+            7: "smep",
+            8: "bmi2",
+            9: "erms",
+            10: "invpcid",
+            18: "rdseed",
+            19: "adx",
+            20: "smap",
+            23: "clflushopt",
+            29: "sha_ni",
+        },
+    ),
+    **_row(0x7, 0, "ecx", {2: "umip"}),
+    **_row(0x7, 0, "edx", {4: "fsrm", 26: "spec_ctrl", 29: "arch_capabilities"}),
+    **_row(0xD, 1, "eax", {0: "xsaveopt", 1: "xsavec", 2: "xgetbv1", 3: "xsaves"}),
+    **_row(0x8000_0001, 0, "ecx", {0: "lahf_lm", 5: "abm", 8: "3dnowprefetch"}),
+    **_row(0x8000_0001, 0, "edx", {11: "syscall", 20: "nx", 26: "pdpe1gb", 27: "rdtscp", 29: "lm"}),
+    **_row(0x8000_0007, 0, "edx", {8: "nonstop_tsc"}),
+}
+
+# IA32_ARCH_CAPABILITIES (SDM volume 4): what the processor is immune to, and how it restricts prediction.
+ARCH_CAPABILITIES: dict[str, int] = {
+    "rdcl_no": 0,
+    "ibrs_all": 1,
+    "skip_l1dfl_vmentry": 3,
+    "ssb_no": 4,
+    "mds_no": 5,
+    "pschange_mc_no": 6,
+    "taa_no": 8,
+    "sbdr_ssdp_no": 13,
+    "fbsdp_no": 14,
+    "psdp_no": 15,
+    "bhi_no": 20,
+    "pbrsb_no": 24,
+    "gds_no": 26,
+    "rfds_no": 27,
+    "its_no": 62,
+}
+
+MSR_ARCH_CAPABILITIES = 0x10A

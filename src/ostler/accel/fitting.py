@@ -1,0 +1,67 @@
+"""A CPU model on an accelerator: what the accelerator cannot give is refused or taken out, never assumed."""
+
+import enum
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ostler.abi.kvm.caps import Cap
+from ostler.abi.kvm.state import CpuidEntry2
+from ostler.accel.api import VCPU, Accel
+from ostler.accel.features import ARCH_CAPABILITIES, FEATURES, MSR_ARCH_CAPABILITIES
+from ostler.accel.models import CpuModel
+from ostler.errors import BadRequest
+
+# KVM does not list these as its own although it gives them.
+_ALWAYS_THERE = frozenset({"hypervisor"})
+
+
+class Policy(enum.Enum):
+    """What becomes of features the accelerator lacks."""
+
+    REFUSE = "refuse"
+    MASK = "mask"
+
+
+def missing_features(model: CpuModel, accel: Accel) -> list[str]:
+    """Names of the model's features and immunities that the accelerator cannot give, in alphabetical order."""
+    supported = {(entry.function, entry.index): entry for entry in accel.get_supported_cpuid()}
+    lacking = {name for name in model.features - _ALWAYS_THERE if not _has(supported, name)}
+    if accel.check_extension(Cap.TSC_DEADLINE_TIMER):
+        lacking.discard("tsc_deadline_timer")
+    immune = accel.get_feature_msrs([MSR_ARCH_CAPABILITIES]).get(MSR_ARCH_CAPABILITIES, 0)
+    lacking |= {name for name in model.immunities if not immune >> ARCH_CAPABILITIES[name] & 1}
+    return sorted(lacking)
+
+
+def fit(model: CpuModel, accel: Accel, policy: Policy) -> tuple[CpuModel, list[str]]:
+    """The model as this accelerator can give it, and the features taken out of it.
+
+    Raises BadRequest, naming them, where some are missing and the policy is to refuse.
+    """
+    missing = missing_features(model, accel)
+    if missing and policy is Policy.REFUSE:
+        raise BadRequest(f"CPU model {model.name}: {accel.name} on this host lacks {', '.join(missing)}")
+    fitted = replace(
+        model,
+        features=model.features - set(missing),
+        immunities=model.immunities - set(missing),
+    )
+    return fitted, missing
+
+
+def install(model: CpuModel, vcpu: VCPU, vcpus: int) -> None:
+    """Give a new vCPU its CPUID and feature MSRs; `vcpus` is how many the VM will have."""
+    vcpu.set_cpuid2(model.cpuid(vcpu.id, vcpus, vcpu.get_tsc_khz()))
+    vcpu.set_msrs(model.msrs)
+
+
+def feature_names(entries: Iterable[CpuidEntry2]) -> frozenset[str]:
+    """The known features a CPUID table shows."""
+    table = {(entry.function, entry.index): entry for entry in entries}
+    return frozenset(name for name in FEATURES if _has(table, name))
+
+
+def _has(table: dict[tuple[int, int], CpuidEntry2], name: str) -> bool:
+    feature = FEATURES[name]
+    entry = table.get((feature.leaf, feature.subleaf))
+    return entry is not None and bool(getattr(entry, feature.register) >> feature.bit & 1)

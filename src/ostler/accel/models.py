@@ -1,0 +1,96 @@
+"""The guest's processor: named, versioned, fixed CPUID sets, the same on every host and accelerator.
+
+A saved guest finds on the next host the processor it left. So a model, once released, never changes; what is
+to change gets a new number.
+
+Why it looks like Intel's, family 6, of a model number Intel never used. Linux decides on its speculation
+mitigations by vendor and model lists and by IA32_ARCH_CAPABILITIES (arch/x86/kernel/cpu/common.c,
+cpu_set_bug_bits). Some old models are on the list of processors that do not speculate at all, and to pose as one
+would silence everything; but that cannot be taken back on a host where it is false. ARCH_CAPABILITIES states
+each immunity by a bit of its own, which `ostler.accel.fitting` checks against KVM's, bit by bit:
+
+- RDCL_NO: neither Meltdown nor L1TF, so no page-table isolation. MDS_NO, TAA_NO, SSB_NO, PSCHANGE_MC_NO, GDS_NO,
+  RFDS_NO, ITS_NO and the three MMIO bits (SBDR_SSDP_NO, FBSDP_NO, PSDP_NO) each close one entry.
+- Spectre v2 has no such bit on Intel's side. IBRS_ALL with SPEC_CTRL chooses "Enhanced IBRS": one write of MSR
+  0x48 for each processor at boot, and no retpolines, which would defeat a translator's return prediction. BHI_NO and
+  PBRSB_NO drop that mode's extra sequences. RSBA and RRSBA stay clear, as they would bring retpolines back.
+- An unknown model number keeps the guest off the lists of affected models, and off drivers that match one model
+  and would read its MSRs.
+
+The engine follows Intel where vendors differ: SYSENTER works in long mode, SYSCALL in 64-bit mode only.
+Left out on purpose: MTRR, MCE, PMU, VME, MONITOR, TSX, AVX (an `ostler-v3` brings it with the translator).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ostler.abi.kvm.state import CpuidEntry2
+from ostler.accel import leaves
+from ostler.accel.features import ARCH_CAPABILITIES, MSR_ARCH_CAPABILITIES
+from ostler.errors import BadRequest
+
+MSR_UCODE_REV = 0x8B
+MSR_MISC_ENABLE = 0x1A0
+
+# Fast strings on, or Linux takes ERMS back; branch trace and PEBS unavailable, for there is no PMU.
+_MISC_ENABLE = 1 << 0 | 1 << 11 | 1 << 12
+# What KVM shows on Intel's processors: revision 1, in the upper half.
+_UCODE_REV = 1 << 32
+
+_SIGNATURE = leaves.signature(family=6, model=0xFE, stepping=1)
+
+_V1 = """
+    fpu de pse tsc msr pae cx8 apic sep pge cmov pat pse36 clflush mmx fxsr sse sse2
+    pni cx16 x2apic tsc_deadline_timer hypervisor arat spec_ctrl arch_capabilities
+    lahf_lm syscall nx rdtscp lm nonstop_tsc
+"""
+_V2 = f"""
+    {_V1}
+    ssse3 sse4_1 sse4_2 popcnt movbe pclmulqdq aes sha_ni rdrand rdseed bmi1 bmi2 abm adx 3dnowprefetch
+    xsave xsaveopt xsavec xgetbv1 xsaves
+    pcid invpcid smep smap umip fsgsbase erms fsrm clflushopt pdpe1gb
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuModel:
+    """A processor model: its features by name and the leaves that show them."""
+
+    name: str
+    brand: str
+    features: frozenset[str]
+    signature: int = _SIGNATURE
+    physical_bits: int = 39  # of the smallest KVM hosts, Intel's desktop processors
+    immunities: frozenset[str] = field(default=frozenset(ARCH_CAPABILITIES))
+
+    @property
+    def msrs(self) -> Mapping[int, int]:
+        """Feature MSRs to set on every vCPU after its CPUID."""
+        immune = sum(1 << ARCH_CAPABILITIES[name] for name in self.immunities)
+        return {MSR_UCODE_REV: _UCODE_REV, MSR_ARCH_CAPABILITIES: immune, MSR_MISC_ENABLE: _MISC_ENABLE}
+
+    def cpuid(self, vcpu_id: int, vcpus: int, tsc_khz: int) -> list[CpuidEntry2]:
+        """The leaves vCPU `vcpu_id` of `vcpus` shows: one socket of single-threaded cores."""
+        processor = leaves.Processor(
+            signature=self.signature, brand=self.brand, features=self.features, physical_bits=self.physical_bits
+        )
+        return leaves.build(processor, leaves.Place(vcpu_id, vcpus, tsc_khz))
+
+
+MODELS: Mapping[str, CpuModel] = {
+    model.name: model
+    for model in (
+        CpuModel("ostler-v1.1", "Ostler virtual CPU v1.1", frozenset(_V1.split())),
+        CpuModel("ostler-v2.1", "Ostler virtual CPU v2.1", frozenset(_V2.split())),
+    )
+}
+
+DEFAULT_MODEL = "ostler-v2.1"
+
+
+def model(name: str = DEFAULT_MODEL) -> CpuModel:
+    """The model of that name. Raises BadRequest, which lists those there are."""
+    try:
+        return MODELS[name]
+    except KeyError:
+        raise BadRequest(f"CPU model {name!r} is unknown: expected one of {', '.join(sorted(MODELS))}") from None
