@@ -10,6 +10,15 @@
 //!
 //! The state images (FXSAVE, FNSAVE, XSAVE families) are pure functions over byte slices.
 
+pub mod classify;
+pub mod control;
+pub mod encode;
+pub mod execmem;
 pub mod fpenv;
 pub mod fpstate;
 pub mod fxsave;
+pub mod soft_crypto;
+pub mod thunk;
+
+#[cfg(test)]
+mod tests;

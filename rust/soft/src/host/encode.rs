@@ -1,0 +1,265 @@
+//! Native code of a thunk: load what the instruction reads, run it, store what it writes.
+//!
+//! Registers at entry (System V): RDI = sixteen guest GPRs in x86 order, RSI = `FpState`,
+//! RDX = scratch, RCX = guest flags (arithmetic bits only). At exit RAX holds LAHF's AH and OF in AL
+//! where the instruction writes flags.
+//!
+//! XMM and MMX registers keep their numbers, because the ABI lets a callee use all of them. Explicit
+//! GPR operands move to R8 and R9, a memory operand becomes `[rdx]`, or `[r10]` where the instruction
+//! reads RDX itself (PCMPESTRx). No GPR that the ABI preserves is ever written.
+
+use iced_x86::{Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
+
+use super::fpstate::{MXCSR, ST, XMM};
+
+/// How the thunk's environment is set up around the instruction.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Environment {
+    /// Run under the guest's MXCSR and keep the flags it gathers.
+    pub mxcsr: bool,
+    /// Load and store the whole x87 state around the instruction.
+    pub x87: bool,
+    /// The instruction puts the x87 unit into MMX mode.
+    pub mmx: bool,
+    /// The instruction reads arithmetic flags.
+    pub reads_flags: bool,
+    /// The instruction writes arithmetic flags.
+    pub writes_flags: bool,
+}
+
+const STMXCSR_HOST: &[u8] = &[0x0F, 0xAE, 0x5C, 0x24, 0xF0]; // stmxcsr [rsp-16], below the push
+const LDMXCSR_HOST: &[u8] = &[0x0F, 0xAE, 0x54, 0x24, 0xF0];
+const STMXCSR_GUEST: &[u8] = &[0x0F, 0xAE, 0x5E, MXCSR as u8]; // stmxcsr [rsi+24]
+const LDMXCSR_GUEST: &[u8] = &[0x0F, 0xAE, 0x56, MXCSR as u8];
+const FXRSTOR_GUEST: &[u8] = &[0x48, 0x0F, 0xAE, 0x0E]; // fxrstor64 [rsi]
+const FXSAVE_GUEST: &[u8] = &[0x48, 0x0F, 0xAE, 0x06];
+const FNINIT: &[u8] = &[0xDB, 0xE3];
+const EMMS: &[u8] = &[0x0F, 0x77];
+const LOAD_FLAGS: &[u8] = &[0x51, 0x9D]; // push rcx; popfq
+const SAVE_FLAGS: &[u8] = &[0x9F, 0x0F, 0x90, 0xC0]; // lahf; seto al
+const MOV_R10_RDX: &[u8] = &[0x49, 0x89, 0xD2];
+const RET: u8 = 0xC3;
+
+/// A guest register and the host register that stands for it in the thunk.
+struct Placed {
+    guest: Register,
+    host: Register,
+    written: bool,
+}
+
+/// The code of a thunk, or `None` where the encoder cannot express the instruction.
+pub fn encode(
+    ins: &Instruction,
+    environment: Environment,
+    factory: &mut InstructionInfoFactory,
+) -> Option<Vec<u8>> {
+    let placed = place_registers(ins, factory);
+    let needs_rdx = placed.iter().any(|p| p.host == Register::RDX);
+    let base = if needs_rdx {
+        Register::R10
+    } else {
+        Register::RDX
+    };
+    let body = rewrite(ins, base)?;
+
+    let mut code = Vec::with_capacity(128);
+    if environment.mxcsr || environment.x87 {
+        code.extend(STMXCSR_HOST);
+    }
+    if needs_rdx {
+        code.extend(MOV_R10_RDX);
+    }
+    if environment.x87 {
+        code.extend(FXRSTOR_GUEST);
+    }
+    placed.iter().for_each(|p| load(&mut code, p));
+    if environment.mxcsr {
+        code.extend(LDMXCSR_GUEST);
+    }
+    if environment.reads_flags {
+        code.extend(LOAD_FLAGS);
+    }
+    code.extend(body);
+    // None of the stores changes a flag, and RAX is stored before the flags take its place.
+    placed
+        .iter()
+        .filter(|p| p.written)
+        .for_each(|p| store(&mut code, p));
+    if environment.writes_flags {
+        code.extend(SAVE_FLAGS);
+    }
+    leave(&mut code, environment);
+    Some(code)
+}
+
+/// Puts the host's floating-point environment back and returns.
+fn leave(code: &mut Vec<u8>, environment: Environment) {
+    if environment.x87 {
+        code.extend(FXSAVE_GUEST);
+        code.extend(FNINIT);
+    } else if environment.mmx {
+        code.extend(EMMS);
+    }
+    if environment.mxcsr {
+        code.extend(STMXCSR_GUEST);
+    }
+    if environment.mxcsr || environment.x87 {
+        code.extend(LDMXCSR_HOST);
+    }
+    code.push(RET);
+}
+
+/// Which guest registers take part, and where. All of them are loaded, even those only written:
+/// many instructions leave a part of their destination alone.
+fn place_registers(ins: &Instruction, factory: &mut InstructionInfoFactory) -> Vec<Placed> {
+    let explicit = explicit_gprs(ins);
+    let addressing = addressing_registers(ins);
+    let mut placed: Vec<Placed> = Vec::new();
+    for used in factory.info(ins).used_registers() {
+        let register = used.register();
+        let guest = register.full_register();
+        let written = is_write(used.access());
+        if register.is_segment_register()
+            || !(guest.is_vector_register() || guest.is_gpr() || guest.is_mm())
+        {
+            continue;
+        }
+        if addressing.contains(&guest)
+            && !explicit.contains(&guest)
+            && !implicit_operand(ins, guest)
+        {
+            continue;
+        }
+        let host = match explicit.iter().position(|&e| e == guest) {
+            Some(0) => Register::R8,
+            Some(_) => Register::R9,
+            None => guest,
+        };
+        match placed.iter_mut().find(|p| p.guest == guest) {
+            Some(known) => known.written |= written,
+            None => placed.push(Placed {
+                guest,
+                host,
+                written,
+            }),
+        }
+    }
+    placed
+}
+
+/// Registers that only form the address; the thunk replaces the address, so it must not load them
+/// over its own pointers.
+fn addressing_registers(ins: &Instruction) -> [Register; 2] {
+    [ins.memory_base(), ins.memory_index()].map(Register::full_register)
+}
+
+/// PCMPESTRx are the only instructions here whose implicit GPRs may also form the address.
+fn implicit_operand(ins: &Instruction, guest: Register) -> bool {
+    use iced_x86::Mnemonic::{
+        Pcmpestri, Pcmpestri64, Pcmpestrm, Pcmpestrm64, Pcmpistri, Vpcmpestri,
+    };
+    let lengths = matches!(guest, Register::RAX | Register::RDX);
+    let index = guest == Register::RCX;
+    match ins.mnemonic() {
+        Pcmpestri | Pcmpestri64 | Vpcmpestri => lengths || index,
+        Pcmpestrm | Pcmpestrm64 => lengths,
+        Pcmpistri => index,
+        _ => false,
+    }
+}
+
+fn explicit_gprs(ins: &Instruction) -> Vec<Register> {
+    let mut registers = Vec::new();
+    for operand in 0..ins.op_count() {
+        let register = ins.op_register(operand).full_register();
+        if ins.op_kind(operand) == OpKind::Register
+            && register.is_gpr()
+            && !registers.contains(&register)
+        {
+            registers.push(register);
+        }
+    }
+    registers
+}
+
+fn is_write(access: OpAccess) -> bool {
+    use OpAccess::{CondWrite, ReadCondWrite, ReadWrite, Write};
+    matches!(access, Write | CondWrite | ReadWrite | ReadCondWrite)
+}
+
+/// The instruction's bytes with its GPR operands and its memory operand replaced.
+fn rewrite(ins: &Instruction, base: Register) -> Option<Vec<u8>> {
+    let mut host = *ins;
+    let explicit = explicit_gprs(ins);
+    for operand in 0..ins.op_count() {
+        if ins.op_kind(operand) == OpKind::Register && ins.op_register(operand).is_gpr() {
+            let register = ins.op_register(operand);
+            let second = explicit.first() != Some(&register.full_register());
+            host.set_op_register(operand, stand_in(register, second)?);
+        }
+        if ins.op_kind(operand) == OpKind::Memory {
+            host.set_memory_base(base);
+            host.set_memory_index(Register::None);
+            host.set_memory_index_scale(1);
+            host.set_memory_displacement64(0);
+            host.set_memory_displ_size(0);
+        }
+    }
+    host.set_segment_prefix(Register::None);
+    host.set_has_rep_prefix(false);
+    host.set_has_repne_prefix(false);
+    let mut encoder = Encoder::new(64);
+    encoder.encode(&host, 0).ok()?;
+    Some(encoder.take_buffer())
+}
+
+fn stand_in(register: Register, second: bool) -> Option<Register> {
+    match (register.size(), second) {
+        (4, false) => Some(Register::R8D),
+        (4, true) => Some(Register::R9D),
+        (8, false) => Some(Register::R8),
+        (8, true) => Some(Register::R9),
+        _ => None,
+    }
+}
+
+fn load(code: &mut Vec<u8>, placed: &Placed) {
+    let number = placed.guest.number();
+    if placed.guest.is_mm() {
+        rsi_relative(code, 0x6F, number, ST + 16 * number); // movq mm, [rsi+..]
+    } else if placed.guest.is_gpr() {
+        rdi_relative(code, 0x8B, placed);
+    } else {
+        rsi_relative(code, 0x28, number, XMM + 16 * number); // movaps xmm, [rsi+..]
+    }
+}
+
+fn store(code: &mut Vec<u8>, placed: &Placed) {
+    let number = placed.guest.number();
+    if placed.guest.is_mm() {
+        rsi_relative(code, 0x7F, number, ST + 16 * number);
+        // mov word [rsi+..], 0xFFFF: MMX writes set the register's exponent and sign.
+        code.extend([0x66, 0xC7, 0x86]);
+        code.extend(((ST + 16 * number + 8) as u32).to_le_bytes());
+        code.extend([0xFF, 0xFF]);
+    } else if placed.guest.is_gpr() {
+        rdi_relative(code, 0x89, placed);
+    } else {
+        rsi_relative(code, 0x29, number, XMM + 16 * number);
+    }
+}
+
+/// `0F opcode reg, [rsi+offset]`.
+fn rsi_relative(code: &mut Vec<u8>, opcode: u8, number: usize, offset: usize) {
+    code.extend((number >= 8).then_some(0x44));
+    code.extend([0x0F, opcode, 0x86 | ((number & 7) << 3) as u8]);
+    code.extend((offset as u32).to_le_bytes());
+}
+
+/// `opcode host, [rdi + 8 * guest]` with REX.W.
+fn rdi_relative(code: &mut Vec<u8>, opcode: u8, placed: &Placed) {
+    let host = placed.host.number();
+    let rex = if host >= 8 { 0x4C } else { 0x48 };
+    let offset = 8 * placed.guest.number();
+    code.extend([rex, opcode, 0x47 | ((host & 7) << 3) as u8, offset as u8]);
+}

@@ -1,0 +1,1 @@
+//! Case by case: outcomes, modes and properties the sweep cannot see.

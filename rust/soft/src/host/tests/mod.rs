@@ -1,0 +1,5 @@
+//! Tests of the thunks: against the host running the unchanged instruction, and case by case.
+
+mod against_host;
+mod cases;
+mod oracle;
