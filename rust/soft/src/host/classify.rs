@@ -34,9 +34,7 @@ pub fn supported(code: Code) -> bool {
 
 /// Whether the host's CPU has the instruction.
 pub fn host_has(code: Code) -> bool {
-    code.cpuid_features()
-        .iter()
-        .all(|&feature| host_feature(feature))
+    code.cpuid_features().iter().all(|&feature| host_feature(feature))
 }
 
 fn in_scope(code: Code) -> bool {
@@ -47,14 +45,8 @@ fn in_scope(code: Code) -> bool {
     info.encoding() == EncodingKind::Legacy
         && !info.fwait()
         && !code.cpuid_features().is_empty()
-        && code
-            .cpuid_features()
-            .iter()
-            .all(|&feature| covered_feature(feature))
-        && code
-            .cpuid_features()
-            .iter()
-            .any(|&feature| feature != CpuidFeature::CMOV)
+        && code.cpuid_features().iter().all(|&feature| covered_feature(feature))
+        && code.cpuid_features().iter().any(|&feature| feature != CpuidFeature::CMOV)
         && !is_left_out(code)
 }
 
@@ -122,12 +114,7 @@ fn host_feature(feature: CpuidFeature) -> bool {
 /// Class of a covered instruction.
 pub fn class(ins: &Instruction) -> Class {
     let code = ins.code();
-    let is_x87 = |f: &CpuidFeature| {
-        matches!(
-            f,
-            CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387
-        )
-    };
+    let is_x87 = |f: &CpuidFeature| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387);
     if code == Code::Wait {
         Class::Wait
     } else if code.cpuid_features().iter().any(is_x87) {
@@ -266,15 +253,7 @@ pub fn is_waiting(ins: &Instruction) -> bool {
     use Mnemonic as M;
     let no_wait = matches!(
         ins.mnemonic(),
-        M::Fninit
-            | M::Fnclex
-            | M::Fnstcw
-            | M::Fnstsw
-            | M::Fnstenv
-            | M::Fnsave
-            | M::Fneni
-            | M::Fndisi
-            | M::Fnsetpm
+        M::Fninit | M::Fnclex | M::Fnstcw | M::Fnstsw | M::Fnstenv | M::Fnsave | M::Fneni | M::Fndisi | M::Fnsetpm
     );
     match class(ins) {
         Class::X87 => !no_wait,

@@ -81,9 +81,7 @@ pub fn control_op(ins: &Instruction) -> Option<(ControlOp, MemAccess)> {
 
 /// Numbers of the two register operands of MASKMOVx, data first.
 fn register_pair(ins: &Instruction) -> [u8; 2] {
-    let mut registers = (0..ins.op_count())
-        .filter(|&i| ins.op_kind(i) == OpKind::Register)
-        .map(|i| ins.op_register(i));
+    let mut registers = (0..ins.op_count()).filter(|&i| ins.op_kind(i) == OpKind::Register).map(|i| ins.op_register(i));
     [(); 2].map(|()| registers.next().unwrap_or(Register::XMM0).number() as u8)
 }
 
@@ -96,10 +94,7 @@ pub fn run(
     context: &ExecContext,
 ) -> Outcome {
     let memory = &mut scratch.0;
-    let format = |wide| EnvFormat {
-        wide,
-        real_mode: context.real_mode,
-    };
+    let format = |wide| EnvFormat { wide, real_mode: context.real_mode };
     match op {
         ControlOp::Nothing => {}
         ControlOp::Emms => {
@@ -140,9 +135,6 @@ pub fn run(
 /// Data to the scratch's start, one bit per byte to write as a u16 at [`Scratch::MASK`].
 fn masked(scratch: &mut Scratch, data: &[u8], mask: &[u8]) {
     scratch.0[..data.len()].copy_from_slice(data);
-    let bits = mask
-        .iter()
-        .enumerate()
-        .fold(0_u16, |bits, (i, byte)| bits | u16::from(byte >> 7) << i);
+    let bits = mask.iter().enumerate().fold(0_u16, |bits, (i, byte)| bits | u16::from(byte >> 7) << i);
     scratch.0[Scratch::MASK..Scratch::MASK + 2].copy_from_slice(&bits.to_le_bytes());
 }

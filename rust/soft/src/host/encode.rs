@@ -48,18 +48,10 @@ struct Placed {
 }
 
 /// The code of a thunk, or `None` where the encoder cannot express the instruction.
-pub fn encode(
-    ins: &Instruction,
-    environment: Environment,
-    factory: &mut InstructionInfoFactory,
-) -> Option<Vec<u8>> {
+pub fn encode(ins: &Instruction, environment: Environment, factory: &mut InstructionInfoFactory) -> Option<Vec<u8>> {
     let placed = place_registers(ins, factory);
     let needs_rdx = placed.iter().any(|p| p.host == Register::RDX);
-    let base = if needs_rdx {
-        Register::R10
-    } else {
-        Register::RDX
-    };
+    let base = if needs_rdx { Register::R10 } else { Register::RDX };
     let body = rewrite(ins, base)?;
 
     let mut code = Vec::with_capacity(128);
@@ -81,10 +73,7 @@ pub fn encode(
     }
     code.extend(body);
     // None of the stores changes a flag, and RAX is stored before the flags take its place.
-    placed
-        .iter()
-        .filter(|p| p.written)
-        .for_each(|p| store(&mut code, p));
+    placed.iter().filter(|p| p.written).for_each(|p| store(&mut code, p));
     if environment.writes_flags {
         code.extend(SAVE_FLAGS);
     }
@@ -119,15 +108,10 @@ fn place_registers(ins: &Instruction, factory: &mut InstructionInfoFactory) -> V
         let register = used.register();
         let guest = register.full_register();
         let written = is_write(used.access());
-        if register.is_segment_register()
-            || !(guest.is_vector_register() || guest.is_gpr() || guest.is_mm())
-        {
+        if register.is_segment_register() || !(guest.is_vector_register() || guest.is_gpr() || guest.is_mm()) {
             continue;
         }
-        if addressing.contains(&guest)
-            && !explicit.contains(&guest)
-            && !implicit_operand(ins, guest)
-        {
+        if addressing.contains(&guest) && !explicit.contains(&guest) && !implicit_operand(ins, guest) {
             continue;
         }
         let host = match explicit.iter().position(|&e| e == guest) {
@@ -137,11 +121,7 @@ fn place_registers(ins: &Instruction, factory: &mut InstructionInfoFactory) -> V
         };
         match placed.iter_mut().find(|p| p.guest == guest) {
             Some(known) => known.written |= written,
-            None => placed.push(Placed {
-                guest,
-                host,
-                written,
-            }),
+            None => placed.push(Placed { guest, host, written }),
         }
     }
     placed
@@ -155,9 +135,7 @@ fn addressing_registers(ins: &Instruction) -> [Register; 2] {
 
 /// PCMPESTRx are the only instructions here whose implicit GPRs may also form the address.
 fn implicit_operand(ins: &Instruction, guest: Register) -> bool {
-    use iced_x86::Mnemonic::{
-        Pcmpestri, Pcmpestri64, Pcmpestrm, Pcmpestrm64, Pcmpistri, Vpcmpestri,
-    };
+    use iced_x86::Mnemonic::{Pcmpestri, Pcmpestri64, Pcmpestrm, Pcmpestrm64, Pcmpistri, Vpcmpestri};
     let lengths = matches!(guest, Register::RAX | Register::RDX);
     let index = guest == Register::RCX;
     match ins.mnemonic() {
@@ -172,10 +150,7 @@ fn explicit_gprs(ins: &Instruction) -> Vec<Register> {
     let mut registers = Vec::new();
     for operand in 0..ins.op_count() {
         let register = ins.op_register(operand).full_register();
-        if ins.op_kind(operand) == OpKind::Register
-            && register.is_gpr()
-            && !registers.contains(&register)
-        {
+        if ins.op_kind(operand) == OpKind::Register && register.is_gpr() && !registers.contains(&register) {
             registers.push(register);
         }
     }

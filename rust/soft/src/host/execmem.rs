@@ -31,20 +31,9 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     fn new(fd: &OwnedFd, size: usize, protection: i32) -> io::Result<Self> {
         // SAFETY: a new mapping at an address the kernel chooses replaces nothing.
-        let start = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                size,
-                protection,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
+        let start = unsafe { libc::mmap(ptr::null_mut(), size, protection, libc::MAP_SHARED, fd.as_raw_fd(), 0) };
         match NonNull::new(start.cast::<u8>()) {
-            Some(start) if start.as_ptr().cast::<c_void>() != libc::MAP_FAILED => {
-                Ok(Self { start, size })
-            }
+            Some(start) if start.as_ptr().cast::<c_void>() != libc::MAP_FAILED => Ok(Self { start, size }),
             _ => Err(io::Error::last_os_error()),
         }
     }
@@ -87,15 +76,8 @@ impl CodeWriter {
         let writable = Mapping::new(&fd, size, libc::PROT_READ | libc::PROT_WRITE)?;
         let executable = Mapping::new(&fd, size, libc::PROT_READ | libc::PROT_EXEC)?;
         let code_start = executable.start;
-        let view = Arc::new(ExecView {
-            _mapping: executable,
-        });
-        Ok(Self {
-            writable,
-            code_start,
-            view,
-            used: 0,
-        })
+        let view = Arc::new(ExecView { _mapping: executable });
+        Ok(Self { writable, code_start, view, used: 0 })
     }
 
     /// Copies `code` in and returns its executable address, or `None` when the region is full.

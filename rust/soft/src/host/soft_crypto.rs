@@ -101,9 +101,7 @@ fn mix(state: u128, coefficients: [u8; 4]) -> u128 {
     let from = state.to_le_bytes();
     u128::from_le_bytes(std::array::from_fn(|i| {
         let (column, row) = (i & !3, i & 3);
-        (0..4).fold(0, |sum, k| {
-            sum ^ multiply(from[column + (row + k) % 4], coefficients[k])
-        })
+        (0..4).fold(0, |sum, k| sum ^ multiply(from[column + (row + k) % 4], coefficients[k]))
     }))
 }
 
@@ -112,12 +110,7 @@ fn key_assist(source: u128, rcon: u8) -> u128 {
     let sub = |word: u32| u32::from_le_bytes(word.to_le_bytes().map(|b| SUB[usize::from(b)]));
     let (one, three) = (sub(words[1]), sub(words[3]));
     let rcon = u32::from(rcon);
-    join([
-        one,
-        one.rotate_right(8) ^ rcon,
-        three,
-        three.rotate_right(8) ^ rcon,
-    ])
+    join([one, one.rotate_right(8) ^ rcon, three, three.rotate_right(8) ^ rcon])
 }
 
 fn half(value: u128, high: bool) -> u64 {
@@ -160,11 +153,8 @@ fn sha1_rounds(state: u128, message: u128, rounds: u8) -> u128 {
     let [mut d, mut c, mut b, mut a] = lanes(state);
     let mut e = 0_u32;
     for word in lanes(message).into_iter().rev() {
-        let next = mix(b, c, d)
-            .wrapping_add(a.rotate_left(5))
-            .wrapping_add(word)
-            .wrapping_add(e)
-            .wrapping_add(constant);
+        let next =
+            mix(b, c, d).wrapping_add(a.rotate_left(5)).wrapping_add(word).wrapping_add(e).wrapping_add(constant);
         (e, d, c, b, a) = (d, c, b.rotate_left(30), a, next);
     }
     join([d, c, b, a])
@@ -198,8 +188,7 @@ fn sha256_rounds(cdgh: u128, abef: u128, keys: u128) -> u128 {
             .wrapping_add(e.rotate_right(6) ^ e.rotate_right(11) ^ e.rotate_right(25))
             .wrapping_add(choose(e, f, g))
             .wrapping_add(*key);
-        let second = (a.rotate_right(2) ^ a.rotate_right(13) ^ a.rotate_right(22))
-            .wrapping_add(majority(a, b, c));
+        let second = (a.rotate_right(2) ^ a.rotate_right(13) ^ a.rotate_right(22)).wrapping_add(majority(a, b, c));
         (h, g, f, e) = (g, f, e, d.wrapping_add(first));
         (d, c, b, a) = (c, b, a, first.wrapping_add(second));
     }
@@ -217,9 +206,7 @@ fn small_sigma_1(x: u32) -> u32 {
 fn sha256_message_1(a: u128, b: u128) -> u128 {
     let w = lanes(a);
     let next = [w[1], w[2], w[3], lanes(b)[0]];
-    join(std::array::from_fn(|i| {
-        w[i].wrapping_add(small_sigma_0(next[i]))
-    }))
+    join(std::array::from_fn(|i| w[i].wrapping_add(small_sigma_0(next[i]))))
 }
 
 fn sha256_message_2(a: u128, b: u128) -> u128 {
@@ -243,32 +230,20 @@ mod tests {
 
     #[test]
     fn aes_128_of_fips_197_appendix_b() {
-        let key = u128::from_be_bytes(
-            *b"\x2b\x7e\x15\x16\x28\xae\xd2\xa6\xab\xf7\x15\x88\x09\xcf\x4f\x3c",
-        );
+        let key = u128::from_be_bytes(*b"\x2b\x7e\x15\x16\x28\xae\xd2\xa6\xab\xf7\x15\x88\x09\xcf\x4f\x3c");
         let text = 0x3243_f6a8_885a_308d_3131_98a2_e037_0734_u128;
         let mut round_key = key.swap_bytes();
         let mut state = text.swap_bytes() ^ round_key;
-        for (round, rcon) in [1, 2, 4, 8, 16, 32, 64, 128, 27, 54]
-            .into_iter()
-            .enumerate()
-        {
+        for (round, rcon) in [1, 2, 4, 8, 16, 32, 64, 128, 27, 54].into_iter().enumerate() {
             let assist = run(C::Aeskeygenassist_xmm_xmmm128_imm8, 0, round_key, 0, rcon);
             let mut spread = round_key ^ round_key << 32;
             spread ^= spread << 64;
             round_key = spread ^ join([lanes(assist)[3]; 4]);
             let last = round == 9;
-            let code = if last {
-                C::Aesenclast_xmm_xmmm128
-            } else {
-                C::Aesenc_xmm_xmmm128
-            };
+            let code = if last { C::Aesenclast_xmm_xmmm128 } else { C::Aesenc_xmm_xmmm128 };
             state = run(code, state, round_key, 0, 0);
         }
-        assert_eq!(
-            state.swap_bytes(),
-            0x3925_841d_02dc_09fb_dc11_8597_196a_0b32
-        );
+        assert_eq!(state.swap_bytes(), 0x3925_841d_02dc_09fb_dc11_8597_196a_0b32);
     }
 
     #[test]
@@ -313,19 +288,10 @@ mod tests {
                 run(C::Sha1nexte_xmm_xmmm128, previous, words, 0, 0)
             };
             previous = state;
-            state = run(
-                C::Sha1rnds4_xmm_xmmm128_imm8,
-                state,
-                message,
-                0,
-                (i / 5) as u8,
-            );
+            state = run(C::Sha1rnds4_xmm_xmmm128_imm8, state, message, 0, (i / 5) as u8);
         }
         let last_e = lanes(run(C::Sha1nexte_xmm_xmmm128, previous, e, 0, 0))[3];
-        let sums: Vec<u32> = (0..4)
-            .rev()
-            .map(|i| lanes(state)[i].wrapping_add(lanes(start)[i]))
-            .collect();
+        let sums: Vec<u32> = (0..4).rev().map(|i| lanes(state)[i].wrapping_add(lanes(start)[i])).collect();
         assert_eq!(sums, [0xA999_3E36, 0x4706_816A, 0xBA3E_2571, 0x7850_C26C]);
         assert_eq!(last_e, 0x9CD0_D89D);
     }
@@ -333,10 +299,7 @@ mod tests {
     #[test]
     fn sha256_of_abc_is_that_of_fips_180() {
         let block = abc_block();
-        let mut w: Vec<u128> = block
-            .chunks(4)
-            .map(|w| join([w[0], w[1], w[2], w[3]]))
-            .collect();
+        let mut w: Vec<u128> = block.chunks(4).map(|w| join([w[0], w[1], w[2], w[3]])).collect();
         for i in 4..16 {
             let partial = lanes(run(C::Sha256msg1_xmm_xmmm128, w[i - 4], w[i - 3], 0, 0));
             let (low, high) = (lanes(w[i - 2]), lanes(w[i - 1]));
@@ -359,30 +322,13 @@ mod tests {
         for i in 0..32 {
             let pair = w[i / 2] >> (64 * (i % 2));
             let keys = [pair as u32, (pair >> 32) as u32];
-            let keys = join([
-                keys[0].wrapping_add(K[2 * i]),
-                keys[1].wrapping_add(K[2 * i + 1]),
-                0,
-                0,
-            ]);
+            let keys = join([keys[0].wrapping_add(K[2 * i]), keys[1].wrapping_add(K[2 * i + 1]), 0, 0]);
             (abef, cdgh) = (run(C::Sha256rnds2_xmm_xmmm128, cdgh, abef, keys, 0), abef);
         }
         let ([f, e, b, a], [h, g, d, c]) = (lanes(abef), lanes(cdgh));
-        let sums: Vec<u32> = [a, b, c, d, e, f, g, h]
-            .iter()
-            .zip(iv)
-            .map(|(x, y)| x.wrapping_add(y))
-            .collect();
-        let expected = [
-            0xBA78_16BF,
-            0x8F01_CFEA,
-            0x4141_40DE,
-            0x5DAE_2223,
-            0xB003_61A3,
-            0x9617_7A9C,
-            0xB410_FF61,
-            0xF200_15AD,
-        ];
+        let sums: Vec<u32> = [a, b, c, d, e, f, g, h].iter().zip(iv).map(|(x, y)| x.wrapping_add(y)).collect();
+        let expected =
+            [0xBA78_16BF, 0x8F01_CFEA, 0x4141_40DE, 0x5DAE_2223, 0xB003_61A3, 0x9617_7A9C, 0xB410_FF61, 0xF200_15AD];
         assert_eq!(sums, expected);
     }
 
@@ -411,9 +357,6 @@ mod tests {
 
         assert_eq!(run(C::Pclmulqdq_xmm_xmmm128_imm8, a, b, 0, 0x11), 0x9);
         assert_eq!(run(C::Pclmulqdq_xmm_xmmm128_imm8, a, b, 0, 0x10), 0x1B);
-        assert_eq!(
-            run(C::Pclmulqdq_xmm_xmmm128_imm8, a, b, 0, 0x01),
-            1 << 64 | 1
-        );
+        assert_eq!(run(C::Pclmulqdq_xmm_xmmm128_imm8, a, b, 0, 0x01), 1 << 64 | 1);
     }
 }

@@ -39,12 +39,8 @@ const REGION_BYTES: usize = 4 << 20;
 /// CF, PF, AF, ZF, SF and OF.
 pub const ARITHMETIC_FLAGS: u64 = 0x08D5;
 /// The same in iced's numbering, which has bits for x87's condition codes too.
-const ARITHMETIC_BITS: u32 = RflagsBits::OF
-    | RflagsBits::SF
-    | RflagsBits::ZF
-    | RflagsBits::AF
-    | RflagsBits::PF
-    | RflagsBits::CF;
+const ARITHMETIC_BITS: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::PF | RflagsBits::CF;
 const EXCEPTION_FLAGS: u32 = 0x003F;
 const EXCEPTION_MASKS: u32 = 0x1F80;
 /// IE, DE and ZE: found before the operation; if one is unmasked the others are not looked for.
@@ -132,12 +128,7 @@ struct Native {
 #[derive(Debug)]
 enum Body {
     Native(Native),
-    Xmm {
-        function: XmmFunction,
-        destination: u8,
-        source: Option<u8>,
-        immediate: u8,
-    },
+    Xmm { function: XmmFunction, destination: u8, source: Option<u8>, immediate: u8 },
     Control(ControlOp),
 }
 
@@ -234,9 +225,7 @@ impl ThunkCache {
             (thunk.body, thunk.mem) = (Body::Control(op), mem);
             return Some(thunk);
         }
-        if matches!(thunk.mem, MemAccess::Read(16) | MemAccess::Write(16))
-            && !classify::is_unaligned(ins.mnemonic())
-        {
+        if matches!(thunk.mem, MemAccess::Read(16) | MemAccess::Write(16)) && !classify::is_unaligned(ins.mnemonic()) {
             thunk.mem_align = 16;
         }
         thunk.body = match soft_crypto::function(ins.code()) {
@@ -262,10 +251,7 @@ impl ThunkCache {
         // SAFETY: the address is the start of a complete function that `encode` wrote for exactly
         // this signature; the view kept beside the pointer keeps it mapped.
         let function = unsafe { std::mem::transmute::<NonNull<u8>, NativeFn>(address) };
-        Some(Native {
-            function,
-            _view: self.writer.view(),
-        })
+        Some(Native { function, _view: self.writer.view() })
     }
 
     fn start_region(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
@@ -301,20 +287,10 @@ fn key(ins: &Instruction, bytes: &[u8]) -> Key {
     let immediate = (0..ins.op_count()).find(|&i| ins.op_kind(i) == OpKind::Immediate8);
     Key {
         code: ins.code() as u16,
-        registers: [0, 1, 2].map(|i| {
-            if is_register(i) {
-                register(i) as u16
-            } else {
-                0
-            }
-        }),
+        registers: [0, 1, 2].map(|i| if is_register(i) { register(i) as u16 } else { 0 }),
         immediate: immediate.map_or(0, |_| ins.immediate8()),
         memory: (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Memory),
-        opcode: if classify::class(ins) == Class::X87 {
-            x87_opcode(bytes)
-        } else {
-            0
-        },
+        opcode: if classify::class(ins) == Class::X87 { x87_opcode(bytes) } else { 0 },
     }
 }
 
@@ -328,17 +304,8 @@ fn x87_opcode(bytes: &[u8]) -> u16 {
 
 fn xmm_body(ins: &Instruction, function: XmmFunction) -> Body {
     let source = (ins.op_kind(1) == OpKind::Register).then(|| ins.op1_register().number() as u8);
-    let immediate = if ins.op_count() == 3 && ins.op_kind(2) == OpKind::Immediate8 {
-        ins.immediate8()
-    } else {
-        0
-    };
-    Body::Xmm {
-        function,
-        destination: ins.op0_register().number() as u8,
-        source,
-        immediate,
-    }
+    let immediate = if ins.op_count() == 3 && ins.op_kind(2) == OpKind::Immediate8 { ins.immediate8() } else { 0 };
+    Body::Xmm { function, destination: ins.op0_register().number() as u8, source, immediate }
 }
 
 /// Runs `thunk` on the guest's registers.
@@ -362,18 +329,10 @@ pub fn exec(
             }
             _ => native.run(thunk, regs, fp, scratch, context),
         },
-        Body::Xmm {
-            function,
-            destination,
-            source,
-            immediate,
-        } => {
+        Body::Xmm { function, destination, source, immediate } => {
             let source = source.map_or_else(|| scratch.first_u128(), |index| fp.xmm(index.into()));
             let old = fp.xmm((*destination).into());
-            fp.set_xmm(
-                (*destination).into(),
-                function(old, source, fp.xmm(0), *immediate),
-            );
+            fp.set_xmm((*destination).into(), function(old, source, fp.xmm(0), *immediate));
             Outcome::Done
         }
         Body::Control(op) => control::run(*op, regs, fp, scratch, context),
@@ -427,11 +386,7 @@ fn x87(
     let pending = x87_pending(fp);
     fp.set_fop(if pending { thunk.opcode } else { fop });
     let has_memory = thunk.mem != MemAccess::None;
-    fp.set_fdp(if pending && has_memory {
-        context.mem_offset
-    } else {
-        fdp
-    });
+    fp.set_fdp(if pending && has_memory { context.mem_offset } else { fdp });
     if pending && fp.fsw() & !fp.fcw() & STORE_STOPPERS != 0 {
         return Outcome::DoneWithoutStore;
     }

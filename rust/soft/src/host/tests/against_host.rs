@@ -7,9 +7,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Register};
 use super::oracle::{Oracle, Registers};
 use crate::host::classify::{host_has, supported, Class};
 use crate::host::fpstate::FpState;
-use crate::host::thunk::{
-    exec, ExecContext, MemAccess, Outcome, Scratch, ThunkCache, ARITHMETIC_FLAGS,
-};
+use crate::host::thunk::{exec, ExecContext, MemAccess, Outcome, Scratch, ThunkCache, ARITHMETIC_FLAGS};
 
 const STATES_PER_ENCODING: usize = 12;
 
@@ -51,16 +49,8 @@ impl Random {
             0 => self.next(),
             1 => pair,
             2 => (self.below(2000) as f64 / 7.0 - 90.0).to_bits(),
-            3 => [
-                0,
-                1,
-                u64::MAX,
-                1 << 63,
-                0x7FF0 << 48,
-                0x7FF8 << 48,
-                0x7FF4 << 48,
-                0x0010 << 48,
-            ][self.below(8) as usize],
+            3 => [0, 1, u64::MAX, 1 << 63, 0x7FF0 << 48, 0x7FF8 << 48, 0x7FF4 << 48, 0x0010 << 48]
+                [self.below(8) as usize],
             4 => u64::from((self.below(99) as f32 * 1.25e-3).to_bits()) << 32 | self.below(99),
             _ => self.next() & 0x7F7F_7F7F_7F7F_7F7F,
         }
@@ -71,8 +61,7 @@ impl Random {
         (0..16).for_each(|i| fp.set_xmm(i, u128::from(self.u64()) << 64 | u128::from(self.u64())));
         for slot in 0..8 {
             let mut value = [0; 10];
-            let exponent =
-                [0x3FFF, 0x4005, 0, 0x7FFF, 0xBFFE, 0x3FC0, 0x403D][self.below(7) as usize];
+            let exponent = [0x3FFF, 0x4005, 0, 0x7FFF, 0xBFFE, 0x3FC0, 0x403D][self.below(7) as usize];
             let integer_bit = if exponent == 0 { 0 } else { 1 << 63 };
             value[..8].copy_from_slice(&(self.u64() | integer_bit).to_le_bytes());
             value[8..].copy_from_slice(&(exponent as u16).to_le_bytes());
@@ -80,8 +69,7 @@ impl Random {
         }
         // Masked exceptions; any rounding, DAZ, FTZ, flags, TOP, tags.
         fp.set_mxcsr(0x1F80 | (self.next() as u32 & 0xE07F));
-        let fcw =
-            0x003F | (self.next() as u16 & 0x0C00) | [0, 0x200, 0x300][self.below(3) as usize];
+        let fcw = 0x003F | (self.next() as u16 & 0x0C00) | [0, 0x200, 0x300][self.below(3) as usize];
         fp.set_control_and_status(fcw, self.next() as u16 & 0x7F7F);
         fp.set_ftw_abridged([0xFF, 0x7F, 0, self.next() as u8][self.below(4) as usize]);
         fp
@@ -118,17 +106,13 @@ fn encodings(random: &mut Random) -> Vec<Vec<u8>> {
 
 fn prefixes() -> impl Iterator<Item = (Option<u8>, u8)> {
     let legacy = [None, Some(0x66), Some(0xF2), Some(0xF3)];
-    legacy
-        .into_iter()
-        .flat_map(|prefix| [0, 0x45, 0x48, 0x4D].map(|rex| (prefix, rex)))
+    legacy.into_iter().flat_map(|prefix| [0, 0x45, 0x48, 0x4D].map(|rex| (prefix, rex)))
 }
 
 fn modrms(map: &[u8], opcode: u8, random: &mut Random) -> Vec<u8> {
     // Groups 12 to 15 (71 to 73, AE) choose the instruction by ModRM.reg.
     if map.len() == 1 && matches!(opcode, 0x71..=0x73 | 0xAE) {
-        return (0..8)
-            .flat_map(|reg| [reg << 3 | 3, 0xC1 | reg << 3])
-            .collect();
+        return (0..8).flat_map(|reg| [reg << 3 | 3, 0xC1 | reg << 3]).collect();
     }
     let any = random.next() as u8;
     vec![0xC0 | any, 0xC0 | any.rotate_left(3), any & 0x38 | 3]
@@ -156,13 +140,7 @@ fn thunk_of_every_covered_encoding_equals_the_host() {
         }
         covered.insert(ins.code());
         for _ in 0..STATES_PER_ENCODING {
-            let result = compare(
-                &bytes[..ins.len()],
-                &ins,
-                &mut cache,
-                &mut oracle,
-                &mut random,
-            );
+            let result = compare(&bytes[..ins.len()], &ins, &mut cache, &mut oracle, &mut random);
             if let Some(difference) = result {
                 if wrong.last().is_none_or(|(code, _)| *code != ins.code()) {
                     wrong.push((ins.code(), difference));
@@ -170,15 +148,10 @@ fn thunk_of_every_covered_encoding_equals_the_host() {
             }
         }
     }
-    let missed: Vec<Code> = Code::values()
-        .filter(|&c| supported(c) && !covered.contains(&c))
-        .collect();
+    let missed: Vec<Code> = Code::values().filter(|&c| supported(c) && !covered.contains(&c)).collect();
     let codes: Vec<Code> = wrong.iter().map(|(code, _)| *code).collect();
     assert!(wrong.is_empty(), "{codes:?} differ, first {}", wrong[0].1);
-    assert!(
-        missed.is_empty(),
-        "covered by thunks but not by the sweep: {missed:?}"
-    );
+    assert!(missed.is_empty(), "covered by thunks but not by the sweep: {missed:?}");
 }
 
 fn compare(
@@ -193,10 +166,7 @@ fn compare(
     }
     let thunk = cache.get(ins, bytes).expect("covered");
     let mut memory = Scratch::new();
-    memory
-        .0
-        .chunks_mut(8)
-        .for_each(|c| c.copy_from_slice(&random.u64().to_le_bytes()));
+    memory.0.chunks_mut(8).for_each(|c| c.copy_from_slice(&random.u64().to_le_bytes()));
     if ins.code() == Code::Ldmxcsr_m32 {
         memory.0[..4].copy_from_slice(&(0x1F80 | random.next() as u32 & 0xE07F).to_le_bytes());
     }
@@ -216,31 +186,28 @@ fn compare(
     let before = (guest, fp.clone());
 
     oracle.run(bytes, &mut host, &mut host_fp);
-    let mut context = ExecContext {
-        rflags: guest[16],
-        ..ExecContext::default()
-    };
+    let mut context = ExecContext { rflags: guest[16], ..ExecContext::default() };
     let mut gprs: [u64; 16] = std::array::from_fn(|i| guest[i]);
     let outcome = exec(&thunk, &mut gprs, &mut fp, &mut scratch, &mut context);
 
     host[4] = gprs[4];
     // FOP, FIP, FDP and the MXCSR mask are the host's in the oracle's image.
-    let state =
-        |fp: &FpState| [&fp.bytes()[..6], &fp.bytes()[24..28], &fp.bytes()[32..416]].concat();
+    let state = |fp: &FpState| [&fp.bytes()[..6], &fp.bytes()[24..28], &fp.bytes()[32..416]].concat();
     let parts = [
         ("outcome", outcome == Outcome::Done),
         ("registers", gprs == host[..16]),
         ("flags", (context.rflags ^ host[16]) & ARITHMETIC_FLAGS == 0),
         ("state", state(&fp) == state(&host_fp)),
-        (
-            "memory",
-            stored(&thunk.mem, &scratch, &before, ins, &memory) == memory.0,
-        ),
+        ("memory", stored(&thunk.mem, &scratch, &before, ins, &memory) == memory.0),
     ];
     let part = parts.iter().find(|(_, equal)| !equal)?.0;
     Some(format!(
         "{part} of {:?} {bytes:02x?}\nguest {gprs:x?} {:x?}\nhost {host:x?} {:x?}\nmemory {:x?} {:x?}",
-        ins.code(), state(&fp), state(&host_fp), scratch.0, memory.0,
+        ins.code(),
+        state(&fp),
+        state(&host_fp),
+        scratch.0,
+        memory.0,
     ))
 }
 

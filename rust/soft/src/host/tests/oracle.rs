@@ -16,9 +16,7 @@ const LOADED: [u8; 14] = [0, 1, 2, 3, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15];
 
 impl Oracle {
     pub fn new() -> Self {
-        Self {
-            writer: CodeWriter::new(16 << 20).expect("code memory"),
-        }
+        Self { writer: CodeWriter::new(16 << 20).expect("code memory") }
     }
 
     /// Runs `instruction`; the caller makes its memory operand valid and its exceptions masked.
@@ -28,8 +26,7 @@ impl Oracle {
         // SAFETY: `frame` preserves what the ABI demands and touches the two operands, the stack and
         // the instruction's own memory operand only.
         unsafe {
-            let function: unsafe extern "sysv64" fn(*mut u64, *mut FpState) =
-                std::mem::transmute(address);
+            let function: unsafe extern "sysv64" fn(*mut u64, *mut FpState) = std::mem::transmute(address);
             function(registers.as_mut_ptr(), fp);
         }
     }
@@ -49,9 +46,7 @@ fn frame(instruction: &[u8]) -> Vec<u8> {
     code.extend([0x58, 0x48, 0x89, 0x47, 0x38]); // pop rax; mov [rdi+56], rax
     code.extend([0x5E, 0x5F, 0x48, 0x0F, 0xAE, 0x06, 0xDB, 0xE3]); // pop rsi; pop rdi; fxsave64; fninit
     code.extend([0x0F, 0xAE, 0x14, 0x24, 0x48, 0x83, 0xC4, 0x08]); // ldmxcsr [rsp]; add rsp, 8
-    code.extend([
-        0x41, 0x5F, 0x41, 0x5E, 0x41, 0x5D, 0x41, 0x5C, 0x5D, 0x5B, 0xC3,
-    ]); // pop r15..rbx; ret
+    code.extend([0x41, 0x5F, 0x41, 0x5E, 0x41, 0x5D, 0x41, 0x5C, 0x5D, 0x5B, 0xC3]); // pop r15..rbx; ret
     code
 }
 
