@@ -367,7 +367,9 @@ impl Cpu {
         }
         if write {
             slot.mark_dirty(page.gpa);
-            note_store(slot.code_word(page.gpa), page.gpa & 0xfff, size);
+            if note_store(slot.code_word(page.gpa), page.gpa & 0xfff, size) {
+                self.code_changed();
+            }
         }
         // SAFETY: gpa lies within the slot.
         let host = unsafe { slot.host.add((page.gpa - slot.gpa) as usize) };

@@ -19,11 +19,14 @@ pub mod access;
 pub mod alu;
 pub mod atomic;
 pub mod bind;
+pub mod block;
 pub mod exec;
 pub mod io;
 pub mod mmu;
 pub mod op;
+pub mod run;
 pub mod state;
+pub mod stubs;
 pub mod table;
 pub mod walk;
 
@@ -153,6 +156,8 @@ pub struct Shared {
     pub attention: AtomicU32,
     /// The vCPU's thread is executing guest code (not blocked in HLT, not in user space).
     pub in_guest: AtomicBool,
+    /// The slot map to take; see [`attention::SLOTS`].
+    pub new_slots: Mutex<Option<Arc<SlotMap>>>,
     /// Physical pages on which another vCPU found code; see [`attention::WRITES`].
     pub code_pages: Mutex<Vec<u64>>,
 }
@@ -169,7 +174,7 @@ impl Shared {
 pub struct Gp;
 
 /// What a vCPU needs of its board: the irqchip, in-engine devices, clocks, the other vCPUs.
-/// `vm.rs` implements it; tests use [`NoBoard`].
+/// `board.rs` implements it.
 #[allow(missing_docs)]
 pub trait Board: Send {
     /// In-engine MMIO (IOAPIC, local APIC page): `None` when the address is user space's.
@@ -190,6 +195,7 @@ pub trait Board: Send {
     fn ack_interrupt(&mut self) -> Option<u8>;
     fn take_nmi(&mut self) -> bool;
     fn take_init(&mut self) -> bool;
+    fn is_bsp(&self) -> bool;
     fn take_sipi(&mut self) -> Option<u8>;
     /// HLT and waiting for SIPI are handled inside (there is an irqchip).
     fn has_irqchip(&self) -> bool;
@@ -261,7 +267,7 @@ pub struct Cpu {
     pub dr: [u64; 8],
     /// Model-specific registers the CPU itself keeps.
     pub msr: state::Msrs,
-    /// The extended state in XSAVE's standard format.
+    /// What CPUID answers.
     pub cpuid: state::CpuidTable,
     /// MAXPHYADDR of the model.
     pub phys_bits: u8,
@@ -288,6 +294,9 @@ pub struct Cpu {
     /// PAE page-directory pointers, loaded with CR3.
     pub(crate) pdptr: [u64; 4],
     pub(crate) tlb: Tlb,
+    pub(crate) blocks: block::Blocks,
+    /// x87, MMX, SSE and AVX state.
+    pub fp: Box<crate::host::fpstate::FpState>,
     pub(crate) slots: Arc<SlotMap>,
     /// What other threads see of this vCPU.
     pub shared: Arc<Shared>,
@@ -343,6 +352,8 @@ impl Cpu {
             exec_epoch: 0,
             pdptr: [0; 4],
             tlb,
+            blocks: block::Blocks::default(),
+            fp: Box::default(),
             slots,
             shared,
             board,

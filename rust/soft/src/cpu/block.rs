@@ -1,0 +1,467 @@
+//! Decoded blocks: found by physical address and code size, so they survive CR3 writes, fork and
+//! exec (engine brief, sections 2 and 3); valid while their page's generation stands (`mem`).
+//!
+//! A block is a straight run of at most 32 instructions within one page, ended by an instruction
+//! that may transfer control or by a sentinel. An instruction that straddles two pages is a block
+//! of its own that also records the second page. Three ways lead to a block, the faster first:
+//! links from its predecessor within the page, the jump cache by RIP and context, the map by
+//! physical address.
+
+use super::bind::bind;
+use super::op::Op;
+use super::state::{seg, CodeSize};
+use super::{Cpu, Exit, Stop, R};
+use crate::mem::{granules, note_store, PAGE_SIZE};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering::*};
+
+/// Most instructions in a block.
+const MAX_OPS: usize = 32;
+/// Most bytes in a block, so that offsets fit `Op::end`.
+const MAX_BYTES: usize = 240;
+/// Longest x86 instruction.
+const MAX_INSTRUCTION: usize = 15;
+/// Entries of the jump cache.
+const JUMPS: usize = 4096;
+/// Operations per arena chunk.
+const CHUNK_OPS: usize = 32 * 1024;
+/// Bound on all operations cached: 24 MiB. Beyond it everything is dropped and decoded anew.
+const MAX_CHUNKS: usize = 24;
+
+/// A successor within the same page: RIP relative to this block's start, and the block there.
+#[derive(Clone, Copy)]
+pub(crate) struct Link {
+    pub delta: u64,
+    pub block: *mut Block,
+}
+
+const NO_LINK: Link = Link { delta: u64::MAX, block: std::ptr::null_mut() };
+
+/// A decoded block.
+pub(crate) struct Block {
+    /// The operations, then a sentinel.
+    pub ops: *mut Op,
+    /// Number of instructions.
+    pub count: u32,
+    /// The page's generation that it was decoded under.
+    generation: u32,
+    word: *const AtomicU64,
+    /// Ends in a near direct branch or falls through: successors may be linked.
+    pub linkable: bool,
+    pub bytes: u8,
+    /// Physical address of the second page's first byte, its word and generation, when it straddles.
+    second: Option<(u64, *const AtomicU64, u32)>,
+    pub links: [Link; 2],
+}
+
+impl Block {
+    /// Its one instruction goes on in the next page.
+    pub fn straddles(&self) -> bool {
+        self.second.is_some()
+    }
+
+    #[inline(always)]
+    pub fn valid(&self) -> bool {
+        // SAFETY: the word belongs to a slot of the map the Cpu holds; blocks are dropped with it.
+        unsafe { (*self.word).load(Relaxed) >> 32 == self.generation as u64 }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Jump {
+    linear: u64,
+    context: u64,
+    block: *mut Block,
+}
+
+/// Multiplicative hashing of physical addresses; they need no protection against collisions made on
+/// purpose, as the cache is bounded and private to a vCPU.
+#[derive(Default)]
+struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(byte as u64);
+        }
+    }
+    fn write_u64(&mut self, key: u64) {
+        self.0 = (self.0 ^ key).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 ^= self.0 >> 29;
+    }
+}
+
+/// All blocks of a vCPU.
+pub struct Blocks {
+    chunks: Vec<Vec<Op>>,
+    map: HashMap<u64, Box<Block>, BuildHasherDefault<KeyHasher>>,
+    /// Blocks replaced while still linked to; kept until the cache is dropped.
+    retired: Vec<Box<Block>>,
+    jumps: Box<[Jump]>,
+    /// The block in execution, so that a store into it can cut it short.
+    pub(crate) current: *mut Block,
+    /// Blocks decoded so far.
+    pub decoded: u64,
+    /// How often everything was dropped: pointers from before are void.
+    pub(crate) clears: u64,
+}
+
+impl Default for Blocks {
+    fn default() -> Self {
+        Self {
+            chunks: Vec::new(),
+            map: HashMap::default(),
+            retired: Vec::new(),
+            jumps: vec![Jump { linear: 0, context: u64::MAX, block: std::ptr::null_mut() }; JUMPS].into_boxed_slice(),
+            current: std::ptr::null_mut(),
+            decoded: 0,
+            clears: 0,
+        }
+    }
+}
+
+impl Blocks {
+    /// Drops everything.
+    pub(crate) fn clear(&mut self) {
+        self.chunks.clear();
+        self.map.clear();
+        self.retired.clear();
+        self.jumps.fill(Jump { linear: 0, context: u64::MAX, block: std::ptr::null_mut() });
+        self.current = std::ptr::null_mut();
+        self.clears += 1;
+    }
+
+    /// Moves operations into the arena.
+    fn store(&mut self, ops: &[Op]) -> *mut Op {
+        let room = self.chunks.last().is_some_and(|chunk| chunk.capacity() - chunk.len() >= ops.len());
+        if !room {
+            self.chunks.push(Vec::with_capacity(CHUNK_OPS));
+        }
+        let index = self.chunks.len() - 1;
+        let chunk = &mut self.chunks[index];
+        let at = chunk.len();
+        chunk.extend_from_slice(ops);
+        // The chunk never grows beyond its capacity, so the pointer stays good.
+        chunk[at..].as_mut_ptr()
+    }
+}
+
+/// The sentinel: control falls through to the next instruction.
+unsafe fn fall_through(cpu: &mut Cpu, op: &Op) -> R {
+    cpu.rip = cpu.regs[17].wrapping_add(op.end as u64);
+    if cpu.legacy {
+        cpu.rip &= 0xffff_ffff;
+    }
+    Err(Stop::Branch)
+}
+
+/// What a stale block's operations become: leave before executing this one.
+unsafe fn cut(_: &mut Cpu, _: &Op) -> R {
+    Err(Stop::Again)
+}
+
+#[inline(always)]
+fn jump_index(linear: u64) -> usize {
+    (linear ^ linear >> 12) as usize & (JUMPS - 1)
+}
+
+/// Instructions after which the block must be left although they do not branch.
+fn ends_block(ins: &Instruction) -> bool {
+    match ins.flow_control() {
+        FlowControl::Next => matches!(
+            ins.mnemonic(),
+            Mnemonic::Cli | Mnemonic::Sti | Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq | Mnemonic::Hlt
+        ),
+        _ => true,
+    }
+}
+
+/// Whether execution can only go on to the next instruction or a fixed near target.
+fn links(ins: &Instruction) -> bool {
+    matches!(
+        ins.flow_control(),
+        FlowControl::Next | FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call
+    ) && !ins.is_jmp_far()
+        && !ins.is_call_far()
+        && !matches!(ins.code(), Code::Syscall | Code::Sysenter | Code::Vmcall | Code::Vmmcall)
+        && !ends_block_without_branch(ins)
+}
+
+fn ends_block_without_branch(ins: &Instruction) -> bool {
+    ins.flow_control() == FlowControl::Next && ends_block(ins)
+}
+
+impl Cpu {
+    /// What, beside RIP, decides which code an address holds.
+    #[inline(always)]
+    pub(crate) fn context(&self) -> u64 {
+        self.asid | (self.tlb.mode as u64) << 12 | (self.code_size as u64) << 14 | self.exec_epoch << 16
+    }
+
+    /// The block at RIP.
+    #[inline(always)]
+    pub(crate) fn find_block(&mut self) -> R<*mut Block> {
+        let context = self.context();
+        let linear = self.rip.wrapping_add(self.seg_base[seg::CS]);
+        let jump = &self.blocks.jumps[jump_index(linear)];
+        // SAFETY: jump cache entries point to blocks of the map; both are cleared together.
+        if jump.linear == linear && jump.context == context && unsafe { (*jump.block).valid() } {
+            return Ok(jump.block);
+        }
+        self.find_block_slow(context)
+    }
+
+    #[inline(never)]
+    fn find_block_slow(&mut self, context: u64) -> R<*mut Block> {
+        let linear = self.code_linear(self.rip, 1)?;
+        let (gpa, host) = self.fetch(linear)?;
+        let key = gpa << 2 | self.code_size as u64;
+        let known = self.blocks.map.get_mut(&key).map(|block| &mut **block as *mut Block);
+        let block = match known {
+            // SAFETY: the map owns the block.
+            Some(block) if unsafe { (*block).valid() } && self.second_page_stands(unsafe { &*block }, linear)? => block,
+            _ => self.decode_block(key, linear, gpa, host)?,
+        };
+        // SAFETY: as above.
+        let (straddles, bytes) = unsafe { ((*block).straddles(), (*block).bytes) };
+        if self.legacy {
+            self.code_linear(self.rip, bytes as u64)?;
+        }
+        if !straddles {
+            let linear = self.rip.wrapping_add(self.seg_base[seg::CS]);
+            self.blocks.jumps[jump_index(linear)] = Jump { linear, context, block };
+        }
+        Ok(block)
+    }
+
+    /// The linear address of code at offset `rip`; #GP(0) beyond the limit or not canonical.
+    fn code_linear(&mut self, rip: u64, size: u64) -> R<u64> {
+        if !self.legacy {
+            if !super::mmu::canonical(rip) {
+                return Err(self.gp(0));
+            }
+            return Ok(rip);
+        }
+        let cs = self.segs[seg::CS];
+        if rip + size - 1 > cs.limit as u64 {
+            return Err(self.gp(0));
+        }
+        Ok((cs.base + rip) & 0xffff_ffff)
+    }
+
+    /// Physical and host address of code, through the execute tag.
+    fn fetch(&mut self, linear: u64) -> R<(u64, *const u8)> {
+        let (gpa, host) = self.fetch_page(linear)?;
+        match host {
+            Some(host) => Ok((gpa, host)),
+            None => {
+                self.exit = Some(Exit::Internal("instruction fetch from an address that is not RAM"));
+                Err(Stop::Exit)
+            }
+        }
+    }
+
+    fn second_page_stands(&mut self, block: &Block, linear: u64) -> R<bool> {
+        let Some((gpa, word, generation)) = block.second else { return Ok(true) };
+        let (now, _) = self.fetch((linear & !0xfff).wrapping_add(PAGE_SIZE))?;
+        // SAFETY: as Block::valid.
+        Ok(now == gpa && unsafe { (*word).load(Relaxed) >> 32 == generation as u64 })
+    }
+
+    /// Decodes at most `limit` instructions from `bytes`.
+    fn decode(&self, bytes: &[u8], limit: usize, ops: &mut Vec<Op>) -> (usize, bool, DecoderError) {
+        let bits = match self.code_size {
+            CodeSize::B16 => 16,
+            CodeSize::B32 => 32,
+            CodeSize::B64 => 64,
+        };
+        let mut decoder = Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE);
+        let mut ins = Instruction::default();
+        let (mut end, mut linkable, mut error) = (0, true, DecoderError::None);
+        while ops.len() < limit && end < bytes.len() {
+            decoder.decode_out(&mut ins);
+            error = decoder.last_error();
+            if error == DecoderError::NoMoreBytes || end + ins.len() > MAX_BYTES {
+                break;
+            }
+            let start = end;
+            end += ins.len();
+            let mut op = bind(&ins, &bytes[start..end], self.code_size);
+            op.end = end as u8;
+            ops.push(op);
+            if error != DecoderError::None || ends_block(&ins) {
+                linkable = error == DecoderError::None && links(&ins);
+                break;
+            }
+        }
+        (end, linkable, error)
+    }
+
+    /// Marks code on a page before it is trusted; gives the page's word and generation.
+    fn mark_code(&mut self, gpa: u64, host: *const u8, size: usize) -> (*const AtomicU64, u32) {
+        let slots = self.slots.clone();
+        let Some(slot) = slots.find(gpa) else { unreachable!("code was fetched from this slot") };
+        let word = slot.code_word(gpa);
+        let before = word.fetch_or(granules(gpa & 0xfff, size as u64), AcqRel);
+        if before & 0xffff_ffff == 0 {
+            self.flush_writes_of(host as usize & !0xfff);
+            self.board.code_page(gpa & !0xfff);
+        }
+        (word, (before >> 32) as u32)
+    }
+
+    fn decode_block(&mut self, key: u64, linear: u64, gpa: u64, host: *const u8) -> R<*mut Block> {
+        if self.blocks.chunks.len() >= MAX_CHUNKS {
+            self.blocks.clear();
+        }
+        let in_page = (PAGE_SIZE - (gpa & 0xfff)) as usize;
+        let window = in_page.min(MAX_BYTES);
+        let mut bytes = [0u8; MAX_BYTES + MAX_INSTRUCTION];
+        let mut ops = Vec::with_capacity(MAX_OPS + 1);
+        loop {
+            copy(host, &mut bytes[..window]);
+            ops.clear();
+            let (end, linkable, _) = self.decode(&bytes[..window], MAX_OPS, &mut ops);
+            if ops.is_empty() {
+                return self.decode_straddling(key, linear, gpa, host, in_page);
+            }
+            let (word, generation) = self.mark_code(gpa, host, end);
+            let mut again = [0u8; MAX_BYTES];
+            copy(host, &mut again[..end]);
+            if again[..end] == bytes[..end] {
+                return Ok(self.keep(key, ops, end, linkable, (word, generation), None));
+            }
+        }
+    }
+
+    /// One instruction that begins at the end of a page and goes on in the next.
+    fn decode_straddling(
+        &mut self,
+        key: u64,
+        linear: u64,
+        gpa: u64,
+        host: *const u8,
+        in_page: usize,
+    ) -> R<*mut Block> {
+        let (gpa2, host2) = self.fetch((linear & !0xfff).wrapping_add(PAGE_SIZE))?;
+        let (word, generation) = self.mark_code(gpa, host, in_page);
+        let (word2, generation2) = self.mark_code(gpa2, host2, MAX_INSTRUCTION);
+        let mut bytes = [0u8; MAX_INSTRUCTION];
+        let first = in_page.min(MAX_INSTRUCTION);
+        copy(host, &mut bytes[..first]);
+        copy(host2, &mut bytes[first..]);
+        let mut ops = Vec::with_capacity(2);
+        let (end, linkable, _) = self.decode(&bytes, 1, &mut ops);
+        if ops.is_empty() {
+            // Longer than 15 bytes: #GP(0). SDM vol. 2, 2.3.11.
+            return Err(self.gp(0));
+        }
+        Ok(self.keep(key, ops, end, linkable, (word, generation), Some((gpa2, word2, generation2))))
+    }
+
+    fn keep(
+        &mut self,
+        key: u64,
+        mut ops: Vec<Op>,
+        end: usize,
+        linkable: bool,
+        (word, generation): (*const AtomicU64, u32),
+        second: Option<(u64, *const AtomicU64, u32)>,
+    ) -> *mut Block {
+        let count = ops.len() as u32;
+        let mut sentinel = ops[ops.len() - 1];
+        sentinel.f = fall_through;
+        sentinel.len = 0;
+        ops.push(sentinel);
+        let block = Box::new(Block {
+            ops: self.blocks.store(&ops),
+            count,
+            generation,
+            word,
+            linkable: linkable && second.is_none(),
+            bytes: end as u8,
+            second,
+            links: [NO_LINK; 2],
+        });
+        self.blocks.decoded += 1;
+        if let Some(old) = self.blocks.map.insert(key, block) {
+            self.blocks.retired.push(old);
+        }
+        self.blocks.map.get_mut(&key).map_or(std::ptr::null_mut(), |block| &mut **block)
+    }
+
+    /// After a store changed decoded code: if it was the running block, its remaining operations
+    /// must not run.
+    pub(crate) fn code_changed(&mut self) {
+        let current = self.blocks.current;
+        if current.is_null() {
+            return;
+        }
+        // SAFETY: `current` is a block of the cache while it runs; its operations are this vCPU's own.
+        unsafe {
+            let stale = !(*current).valid()
+                || (*current).second.is_some_and(|(_, word, generation)| (*word).load(Relaxed) >> 32 != generation as u64);
+            if stale {
+                for index in 0..=(*current).count as usize {
+                    let op = &mut *(*current).ops.add(index);
+                    op.f = cut;
+                }
+            }
+        }
+    }
+
+    /// Decodes the single instruction at RIP, uncached.
+    pub(crate) fn decode_one(&mut self) -> R<Op> {
+        let linear = self.code_linear(self.rip, 1)?;
+        let (gpa, host) = self.fetch(linear)?;
+        let in_page = ((PAGE_SIZE - (gpa & 0xfff)) as usize).min(MAX_INSTRUCTION);
+        let mut bytes = [0u8; MAX_INSTRUCTION];
+        copy(host, &mut bytes[..in_page]);
+        let mut ops = Vec::with_capacity(1);
+        let (mut end, _, _) = self.decode(&bytes[..in_page], 1, &mut ops);
+        if ops.is_empty() && in_page < MAX_INSTRUCTION {
+            let (_, host2) = self.fetch((linear & !0xfff).wrapping_add(PAGE_SIZE))?;
+            copy(host2, &mut bytes[in_page..]);
+            end = self.decode(&bytes, 1, &mut ops).0;
+        }
+        let Some(op) = ops.pop() else { return Err(self.gp(0)) };
+        self.code_linear(self.rip, end as u64)?;
+        Ok(op)
+    }
+
+    /// Takes a new slot map: all translations and blocks go.
+    pub(crate) fn set_slots(&mut self, slots: std::sync::Arc<crate::mem::SlotMap>) {
+        self.blocks.clear();
+        self.slots = slots;
+        self.flush_all();
+    }
+
+    /// Another vCPU found code on these pages: drop write translations of them, and count what was
+    /// stored through those as a change of code.
+    pub(crate) fn forget_code_pages(&mut self) {
+        let pages = match self.shared.code_pages.lock() {
+            Ok(mut pages) => std::mem::take(&mut *pages),
+            Err(_) => return,
+        };
+        let slots = self.slots.clone();
+        for gpa in pages {
+            if let (Some(slot), Some(host)) = (slots.find(gpa), slots.host(gpa)) {
+                self.flush_writes_of(host as usize);
+                note_store(slot.code_word(gpa), 0, PAGE_SIZE);
+            }
+        }
+    }
+}
+
+/// Copies guest bytes that another CPU may be writing.
+fn copy(host: *const u8, into: &mut [u8]) {
+    for (index, byte) in into.iter_mut().enumerate() {
+        // SAFETY: the caller stays within the page of `host`.
+        *byte = unsafe { std::ptr::read_volatile(host.add(index)) };
+    }
+}
