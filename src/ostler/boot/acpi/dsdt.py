@@ -1,0 +1,58 @@
+"""The DSDT of Ostler's board: processors, serial ports, clock, panic port, soft-off."""
+
+from __future__ import annotations
+
+from ostler.boot.acpi import aml
+from ostler.boot.acpi.platform import AcpiPlatform
+
+STATUS_PRESENT_AND_WORKING = 0x0F
+
+
+def dsdt_body(platform: AcpiPlatform) -> bytes:
+    """The definition block behind the table header."""
+    devices = [_processor(index) for index in range(len(platform.apic_ids))]
+    devices += [_serial(number, *port) for number, port in enumerate(platform.serial_ports, start=1)]
+    devices.append(_rtc(platform))
+    if platform.pvpanic_port is not None:
+        devices.append(_pvpanic(platform.pvpanic_port))
+    sleep_type = aml.integer(platform.sleep_type_s5)
+    soft_off = aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
+    return soft_off + aml.scope("\\_SB", *devices)
+
+
+def _processor(uid: int) -> bytes:
+    """_UID is what ties the object to its MADT entry."""
+    return aml.device(
+        f"C{uid:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(uid)), _status()
+    )
+
+
+def _serial(number: int, port: int, irq: int) -> bytes:
+    return aml.device(
+        f"COM{number}",
+        aml.name("_HID", aml.eisa_id("PNP0501")),
+        aml.name("_UID", aml.integer(number)),
+        _status(),
+        aml.name("_CRS", aml.resource_template(aml.io_ports(port, 8), aml.isa_irq(irq))),
+    )
+
+
+def _rtc(platform: AcpiPlatform) -> bytes:
+    return aml.device(
+        "RTC",
+        aml.name("_HID", aml.eisa_id("PNP0B00")),
+        aml.name("_CRS", aml.resource_template(aml.io_ports(platform.rtc_port, 2), aml.isa_irq(platform.rtc_irq))),
+    )
+
+
+def _pvpanic(port: int) -> bytes:
+    return aml.device(
+        "PEVT",
+        aml.name("_HID", aml.string("QEMU0001")),
+        _status(),
+        aml.name("_CRS", aml.resource_template(aml.io_ports(port, 1))),
+    )
+
+
+def _status() -> bytes:
+    return aml.name("_STA", aml.integer(STATUS_PRESENT_AND_WORKING))

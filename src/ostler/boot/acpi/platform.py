@@ -1,0 +1,32 @@
+"""What the tables say about a board: every port, line and processor in one place.
+
+The machine fills this from the devices it wires, so that a table cannot name a port that no
+device claims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AcpiPlatform:
+    """Ports, interrupt lines and processors, as the operating system is to find them."""
+
+    apic_ids: tuple[int, ...]
+    lapic_base: int
+    ioapic_base: int
+    ioapic_id: int
+    pm1_event_port: int
+    pm1_control_port: int
+    pm_timer_port: int
+    sci_gsi: int
+    reset_port: int
+    reset_value: int
+    sleep_type_s5: int
+    serial_ports: tuple[tuple[int, int], ...]
+    """Pairs of first port and ISA interrupt."""
+    rtc_port: int
+    rtc_irq: int
+    rtc_century_index: int
+    pvpanic_port: int | None

@@ -1,0 +1,140 @@
+"""The loader: a file in, a guest's memory and first processor state out.
+
+    kernel = read_kernel(path)
+    entry = load_guest(memory, kernel, initrd=..., cmdline=..., rsdp=...)
+
+A bzImage is unpacked here and entered by PVH if it can be, because the host unpacks faster than
+a guest, and entered at its 64-bit entry otherwise. Every malformed input is a BadRequest of one
+line that names the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ostler.boot.bzimage import BzImage
+from ostler.boot.elf import ELF_MAGIC, elf64_kernel, parse_elf, pvh_kernel
+from ostler.boot.entry import EntryState
+from ostler.boot.kernel import MAX_KERNEL_BYTES, Kernel, Protocol
+from ostler.boot.linux64 import enter_linux64
+from ostler.boot.multiboot import enter_multiboot, find_header, multiboot_kernel
+from ostler.boot.pvh import enter_pvh
+from ostler.errors import BadRequest, KernelError
+from ostler.memory import GuestMemory
+from ostler.memory.layout import HIGH_MEMORY_START, LOW_RAM_LIMIT, PAGE_SIZE
+
+MIB = 1 << 20
+# Boot structures and the PC's own areas; nothing may be loaded over them.
+FIRST_LOADABLE = HIGH_MEMORY_START
+
+
+def read_file(path: Path, what: str, *, max_bytes: int) -> bytes:
+    """A regular file's bytes. Raises BadRequest naming `what` and the path."""
+    try:
+        if not path.is_file():
+            state = "is not a regular file" if path.exists() else "does not exist"
+            raise BadRequest(f"{what} {path}: {state}")
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise BadRequest(f"{what} {path}: {size} bytes, expected at most {max_bytes}")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadRequest(f"{what} {path}: {error.strerror or error}") from error
+
+
+def read_kernel(path: Path, *, protocol: Protocol | None = None) -> Kernel:
+    """Detect and take apart; `protocol` insists on one. Raises BadRequest."""
+    data = read_file(path, "kernel", max_bytes=MAX_KERNEL_BYTES)
+    return parse_kernel(memoryview(data), str(path), protocol=protocol)
+
+
+def parse_kernel(data: memoryview, name: str, *, protocol: Protocol | None = None) -> Kernel:
+    """As read_kernel, for bytes already at hand."""
+    kernel = _detect(data, name, protocol)
+    if protocol is not None and kernel.protocol is not protocol:
+        raise KernelError(f"{name}: can be entered by {kernel.protocol.value}: expected {protocol.value}")
+    return kernel
+
+
+def _detect(data: memoryview, name: str, wanted: Protocol | None) -> Kernel:
+    image = BzImage.parse(data, name)
+    if image is not None:
+        return _from_bzimage(image, wanted)
+    header = find_header(data)
+    if data[:4] == ELF_MAGIC:
+        elf = parse_elf(data, name)
+        if elf.pvh_entry is not None and wanted in (None, Protocol.PVH):
+            return pvh_kernel(elf)
+        if header is not None and wanted in (None, Protocol.MULTIBOOT):
+            return multiboot_kernel(data, name, header=header, elf=elf)
+        return pvh_kernel(elf) if wanted is Protocol.PVH else elf64_kernel(elf)
+    if header is not None:
+        return multiboot_kernel(data, name, header=header, elf=None)
+    kind = _describe(data)
+    raise KernelError(f"{name}: {kind}: expected a bzImage, an x86-64 ELF kernel or a multiboot program")
+
+
+def _from_bzimage(image: BzImage, wanted: Protocol | None) -> Kernel:
+    if wanted is Protocol.LINUX64:
+        return image.kernel()
+    elf = parse_elf(memoryview(image.vmlinux()), image.name)
+    if elf.pvh_entry is None and wanted is None and image.has_64_bit_entry:
+        return image.kernel()
+    if elf.pvh_entry is None:
+        raise KernelError(f"{image.name}: kernel has neither a PVH note nor a 64-bit entry: expected one of them")
+    return pvh_kernel(elf)
+
+
+def _describe(data: memoryview) -> str:
+    if not data:
+        return "empty file"
+    if bytes(data[0x202:0x206]) == b"HdrS":
+        return "bzImage cut off within its header"
+    sample = bytes(data[:512])
+    if all(byte in b"\t\n\r\f\b\x1b" or byte >= 0x20 for byte in sample):
+        return "text file"
+    return f"file starting with {sample[:4].hex(' ')}"
+
+
+def load_guest(
+    memory: GuestMemory, kernel: Kernel, *, initrd: bytes | None = None, cmdline: str = "", rsdp: int = 0
+) -> EntryState:
+    """Place kernel and initrd and write the protocol's structures. Raises BadRequest."""
+    _place_segments(memory, kernel)
+    placed = _place_initrd(memory, kernel, initrd) if initrd else None
+    if kernel.protocol is Protocol.PVH:
+        return enter_pvh(memory, kernel, cmdline=cmdline, initrd=placed, rsdp=rsdp)
+    if kernel.protocol is Protocol.MULTIBOOT:
+        return enter_multiboot(memory, kernel, cmdline=cmdline, initrd=placed)
+    return enter_linux64(memory, kernel, cmdline=cmdline, initrd=placed, rsdp=rsdp)
+
+
+def _place_segments(memory: GuestMemory, kernel: Kernel) -> None:
+    for segment in kernel.segments:
+        in_memory = segment.gpa >= FIRST_LOADABLE and memory.contains(segment.gpa, segment.size_bytes)
+        if not in_memory or segment.end > LOW_RAM_LIMIT:
+            raise KernelError(
+                f"{kernel.name}: needs memory from {segment.gpa:#x} to {segment.end:#x}: "
+                f"the guest has {memory.size_bytes / MIB:.0f} MiB, usable from {FIRST_LOADABLE:#x}"
+            )
+    for segment in kernel.segments:
+        memory.write(segment.gpa, segment.data)
+        # What follows is zero already: guest memory is fresh. Tell the accelerator all the same.
+        memory.written(segment.gpa, segment.size_bytes)
+
+
+def _place_initrd(memory: GuestMemory, kernel: Kernel, initrd: bytes) -> tuple[int, int]:
+    """As high as the kernel can reach, or right behind a multiboot program; pages of its own."""
+    floor = -(-kernel.end // PAGE_SIZE) * PAGE_SIZE
+    ceiling = min(memory.regions[0].end, kernel.initrd_limit, LOW_RAM_LIMIT)
+    start = floor
+    if kernel.protocol is not Protocol.MULTIBOOT:
+        start = (ceiling - len(initrd)) // PAGE_SIZE * PAGE_SIZE
+    if start < floor or start + len(initrd) > ceiling:
+        room = max(ceiling - floor, 0)
+        raise BadRequest(
+            f"initrd of {len(initrd)} bytes: {room} bytes of the guest's "
+            f"{memory.size_bytes / MIB:.0f} MiB are free behind the kernel"
+        )
+    memory.write(start, initrd)
+    return start, len(initrd)
