@@ -1,0 +1,99 @@
+"""The build backend: which build it chooses, and what a build without cargo leaves out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ostler_build
+import ostler_version
+
+TOOLS = ostler_build.ROOT / "tools"
+
+
+def put_tool(folder: Path, name: str, version: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\necho '{name} {version} (0123456 2020-01-01)'\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is the whole search path."""
+    for name in ("CARGO", "RUSTC", "OSTLER_BUILD_SOFT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def test_engine_is_built_where_cargo_and_rustc_are_new_enough(path: Path) -> None:
+    major, minor = ostler_build.required_rust()
+    put_tool(path, "cargo", f"{major}.{minor}.0")
+    put_tool(path, "rustc", f"{major}.{minor + 7}.1-nightly")
+
+    assert ostler_build.why_no_engine() is None
+    assert ostler_build.get_requires_for_build_wheel() == [ostler_build.MATURIN]
+
+
+def test_engine_is_left_out_without_cargo(path: Path) -> None:
+    assert path.exists()
+    assert "no cargo" in (ostler_build.why_no_engine() or "")
+    assert ostler_build.get_requires_for_build_editable() == [ostler_build.HATCHLING]
+
+
+def test_engine_is_left_out_where_rustc_is_too_old(path: Path) -> None:
+    put_tool(path, "cargo", "1.99.0")
+    put_tool(path, "rustc", "1.63.0")
+
+    assert "rustc is 1.63; " in (ostler_build.why_no_engine() or "")
+
+
+def test_cargo_that_does_not_run_counts_as_none(path: Path) -> None:
+    (path / "cargo").write_text("#!/bin/sh\nexit 1\n")
+    (path / "cargo").chmod(0o755)
+
+    assert "no cargo that runs" in (ostler_build.why_no_engine() or "")
+
+
+@pytest.mark.parametrize(("wish", "left_out"), [("never", True), ("always", False)])
+def test_wish_overrules_the_look_at_cargo(
+    path: Path, monkeypatch: pytest.MonkeyPatch, wish: str, left_out: bool  # noqa: FBT001
+) -> None:  # fmt: skip
+    assert path.exists()
+    monkeypatch.setenv("OSTLER_BUILD_SOFT", wish)
+
+    assert bool(ostler_build.why_no_engine()) == left_out
+
+
+def build(what: str, into: Path) -> tuple[str, str]:
+    """Let the backend build as pip does, without a cargo; return the file's name and what was said."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, ostler_build; print(ostler_build.{what}(sys.argv[1]))", into],
+        env={"PATH": "/nonexistent", "PYTHONPATH": str(TOOLS)}, cwd=ostler_build.ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.split()[-1], done.stderr
+
+
+def test_wheel_without_cargo_has_the_package_and_says_what_it_lacks(tmp_path: Path) -> None:
+    name, said = build("build_wheel", tmp_path)
+
+    assert name == f"ostler-{ostler_version.version()}+without.software.cpu-py3-none-any.whl"
+    assert "without the software CPU" in said
+    members = zipfile.ZipFile(tmp_path / name).namelist()
+    assert {"ostler/cli/__init__.py", "ostler/images/data/init", "ostler/py.typed"} <= set(members)
+    assert not [member for member in members if member.endswith(".so")]
+
+
+def test_sdist_brings_what_a_build_with_cargo_needs(tmp_path: Path) -> None:
+    name, _ = build("build_sdist", tmp_path)
+
+    assert name == f"ostler-{ostler_version.version()}.tar.gz"
+    with tarfile.open(tmp_path / name) as archive:
+        members = {member.partition("/")[2] for member in archive.getnames()}
+    assert {"rust/Cargo.toml", "rust/Cargo.lock", "rust/soft-py/Cargo.toml", "tools/ostler_build.py"} <= members
+    assert not [member for member in members if member.startswith((".venv/", "rust/target/"))]
