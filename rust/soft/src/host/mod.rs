@@ -19,6 +19,7 @@ pub mod fpstate;
 pub mod fxsave;
 pub mod soft_crypto;
 pub mod thunk;
+pub mod xsave;
 
 #[cfg(test)]
 mod tests;

@@ -3,3 +3,4 @@
 mod against_host;
 mod cases;
 mod oracle;
+mod xsave;
