@@ -166,17 +166,20 @@ struct Key {
 pub struct ThunkCache {
     thunks: HashMap<Key, Arc<Thunk>>,
     writer: CodeWriter,
+    region_bytes: usize,
     factory: InstructionInfoFactory,
 }
 
 impl ThunkCache {
     /// An empty cache with its code memory.
     pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            thunks: HashMap::new(),
-            writer: CodeWriter::new(REGION_BYTES)?,
-            factory: InstructionInfoFactory::new(),
-        })
+        Self::with_region(REGION_BYTES)
+    }
+
+    /// A cache that starts afresh after `region_bytes` of code.
+    pub(super) fn with_region(region_bytes: usize) -> io::Result<Self> {
+        let writer = CodeWriter::new(region_bytes)?;
+        Ok(Self { thunks: HashMap::new(), writer, region_bytes, factory: InstructionInfoFactory::new() })
     }
 
     /// The thunk of a decoded instruction with its bytes, or `None` where thunks do not cover it.
@@ -255,7 +258,7 @@ impl ThunkCache {
     }
 
     fn start_region(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
-        self.writer = CodeWriter::new(REGION_BYTES).ok()?;
+        self.writer = CodeWriter::new(self.region_bytes).ok()?;
         self.thunks.clear();
         self.writer.push(code)
     }

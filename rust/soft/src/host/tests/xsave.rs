@@ -35,7 +35,7 @@ fn sample() -> FpState {
     state.set_mxcsr(0x9FC1);
     (0..8).for_each(|i| state.set_st(i, [i as u8 + 1; 10]));
     (0..16).for_each(|i| state.set_xmm(i, 0x1111_1111_1111_1111_1111 * (i as u128 + 1)));
-    (0..16).for_each(|i| state.set_ymm_high(i, 0x77 * (i as u128 + 1) << 100));
+    (0..16).for_each(|i| state.set_ymm_high(i, (0x77 * (i as u128 + 1)) << 100));
     state
 }
 
