@@ -10,3 +10,10 @@
 pub mod cpu;
 pub mod host;
 pub mod mem;
+pub mod system;
+pub mod vcpu;
+pub mod vm;
+
+pub use system::System;
+pub use vcpu::Vcpu;
+pub use vm::Vm;
