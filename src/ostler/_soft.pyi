@@ -11,6 +11,8 @@ Every object may be used from every thread; `Vcpu.run` from one at a time.
 
 from typing import final
 
+__version__: str
+
 @final
 class System:
     """Plays /dev/kvm."""
@@ -20,6 +22,8 @@ class System:
         """KVM_GET_API_VERSION, KVM_CHECK_EXTENSION, KVM_GET_SUPPORTED_CPUID, ..."""
     def create_vm(self) -> Vm:
         """KVM_CREATE_VM."""
+    def close(self) -> None:
+        """Give it up; every later call raises OSError(EBADF). VMs made from it stay."""
 
 @final
 class Vm:
@@ -31,6 +35,8 @@ class Vm:
         """KVM_CREATE_VCPU."""
     def invalidate(self, gpa: int, size: int) -> None:
         """The host wrote guest memory: forget code decoded from there."""
+    def close(self) -> None:
+        """Give it up; its vCPUs stay usable until they are closed."""
 
 @final
 class Vcpu:
@@ -45,3 +51,5 @@ class Vcpu:
         """`struct kvm_run` and the port-data page behind it, writable, shared with the engine."""
     def kick(self) -> None:
         """Make the running `run()`, or else the next, raise InterruptedError."""
+    def close(self) -> None:
+        """Give it up; a `run()` under way goes on, views of `run_page` stay valid."""
