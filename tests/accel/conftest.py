@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from tests.accel.lab import Machine
 
 from ostler import accel
 from ostler.accel.api import Accel
 from ostler.accel.probe import KvmState, probe_kvm
 from ostler.errors import AccelUnavailable
+from tests.accel.lab import Machine
 
 ACCELERATORS = ("kvm", "soft")
 

@@ -31,11 +31,11 @@ from types import TracebackType
 from typing import Self
 
 import pytest
-from tests.accel.prelude import DONE_PORT, LAYOUT, PRELUDE
 
 from ostler.accel.api import VCPU, Accel, ExitReason, Sregs
 from ostler.accel.fitting import install
 from ostler.accel.models import CpuModel, model
+from tests.accel.prelude import DONE_PORT, LAYOUT, PRELUDE
 
 MEMORY_SIZE = 0x40_0000
 TIME_LIMIT_S = 20.0
@@ -68,7 +68,7 @@ class Program:
     symbols: dict[str, int]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def assemble(source: str) -> Program:
     """Assemble and link; skips the test where there are no binutils."""
     for tool in ("as", "ld", "objcopy", "nm"):
@@ -157,7 +157,13 @@ class Machine:
     def set_gate(self, vector: int, label: str, *, ist: int = 0, dpl: int = 0, kind: int = INTERRUPT_GATE) -> None:
         """Point a vector of the 64-bit IDT at a label."""
         target = self.label(label)
-        low = (target & 0xFFFF) | CODE64 << 16 | ist << 32 | (0x80 | dpl << 5 | kind) << 40 | (target >> 16 & 0xFFFF) << 48
+        low = (
+            (target & 0xFFFF)
+            | CODE64 << 16
+            | ist << 32
+            | (0x80 | dpl << 5 | kind) << 40
+            | (target >> 16 & 0xFFFF) << 48
+        )
         self.write(LAYOUT["IDT"] + 16 * vector, low)
         self.write(LAYOUT["IDT"] + 16 * vector + 8, target >> 32)
 

@@ -1,6 +1,5 @@
 """Port accesses: every width, both directions, and strings of them."""
 
-import pytest
 from tests.accel.conftest import Lab
 
 
