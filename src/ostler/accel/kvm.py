@@ -17,8 +17,8 @@ import signal
 import threading
 
 from ostler.abi.kvm import requests
-from ostler.abi.kvm.caps import REQUIRED, Cap
 from ostler.abi.kvm.run import Run
+from ostler.accel.transport import require_features
 from ostler.errors import AccelUnavailable
 
 KICK_SIGNAL = signal.SIGRTMIN + 3
@@ -138,7 +138,7 @@ class KvmSystem(_Descriptor):
         super().__init__(_open(path))
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
-            self._require_features(path)
+            require_features(self, path)
             undo.pop_all()
         self._page_size = self.ioctl(requests.KVM_GET_VCPU_MMAP_SIZE)
 
@@ -147,20 +147,6 @@ class KvmSystem(_Descriptor):
         vm.ioctl(requests.KVM_SET_IDENTITY_MAP_ADDR, bytearray(_IDENTITY_MAP_GPA.to_bytes(8, "little")))
         vm.ioctl(requests.KVM_SET_TSS_ADDR, _TSS_GPA)
         return vm
-
-    def _require_features(self, path: str) -> None:
-        try:
-            version = self.ioctl(requests.KVM_GET_API_VERSION)
-        except OSError as error:
-            raise AccelUnavailable(f"{path} is not KVM: {error.strerror}") from error
-        if version != requests.KVM_API_VERSION:
-            raise AccelUnavailable(f"{path} speaks API version {version}, expected {requests.KVM_API_VERSION}")
-        missing = [f"KVM_CAP_{cap.name}" for cap in REQUIRED if not self._has(cap)]
-        if missing:
-            raise AccelUnavailable(f"this kernel's KVM is too old: it lacks {', '.join(missing)}")
-
-    def _has(self, cap: Cap) -> bool:
-        return self.ioctl(requests.KVM_CHECK_EXTENSION, cap) > 0
 
 
 def _ioctl_long(fd: int, request: int, arg: int) -> int:

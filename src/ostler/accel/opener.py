@@ -2,7 +2,7 @@
 
 from ostler.accel.kvm import KvmSystem
 from ostler.accel.probe import probe
-from ostler.accel.soft import load_engine
+from ostler.accel.soft import open_engine
 from ostler.accel.vm import Accelerator
 from ostler.errors import AccelUnavailable, BadRequest
 
@@ -17,7 +17,7 @@ def open_accelerator(name: str = "auto") -> Accelerator:
     if name == "kvm":
         return Accelerator("kvm", KvmSystem())
     if name == "soft":
-        return Accelerator("soft", load_engine().System())
+        return Accelerator("soft", open_engine())
     if name != "auto":
         raise BadRequest(f"accelerator {name!r}: expected one of {', '.join(NAMES)}")
     report = probe()

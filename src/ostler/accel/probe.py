@@ -18,7 +18,7 @@ from pathlib import Path
 import platformdirs
 
 from ostler.accel.kvm import KvmSystem
-from ostler.accel.soft import load_engine
+from ostler.accel.soft import open_engine
 from ostler.errors import AccelUnavailable
 
 TIMEOUT_S = 10.0
@@ -72,7 +72,7 @@ class ProbeReport:
 def probe(*, cache: bool = True) -> ProbeReport:
     """Look at both accelerators. Takes up to TIMEOUT_S at the first call after a boot; raises nothing."""
     try:
-        load_engine()
+        open_engine().close()
         soft_available, soft_text = True, "the software CPU is built"
     except AccelUnavailable as error:
         soft_available, soft_text = False, str(error)

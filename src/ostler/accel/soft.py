@@ -3,7 +3,7 @@
 import importlib
 from typing import Protocol, cast
 
-from ostler.accel.transport import SystemTransport
+from ostler.accel.transport import SystemTransport, require_features
 from ostler.errors import AccelUnavailable
 
 
@@ -12,6 +12,13 @@ class Engine(Protocol):
 
     def System(self) -> SystemTransport:
         """Plays /dev/kvm."""
+
+
+def open_engine() -> SystemTransport:
+    """The engine's System. Raises AccelUnavailable where the engine was not built, does not load, or is too old."""
+    system = load_engine().System()
+    require_features(system, "the software CPU")
+    return system
 
 
 def load_engine() -> Engine:

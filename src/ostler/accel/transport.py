@@ -8,7 +8,8 @@ import os
 from typing import Protocol
 
 from ostler.abi.kvm import requests
-from ostler.errors import AccelError
+from ostler.abi.kvm.caps import REQUIRED
+from ostler.errors import AccelError, AccelUnavailable
 
 _NAMES = {
     number: name for name, number in vars(requests).items() if name.startswith("KVM_") and isinstance(number, int)
@@ -75,3 +76,16 @@ def call(channel: Channel, request: int, arg: bytearray | int = 0, *, subject: s
         where = f" ({subject})" if subject else ""
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise AccelError(f"{request_name(request)}{where}: {reason}") from error
+
+
+def require_features(channel: Channel, name: str) -> None:
+    """See that what calls itself KVM has what Ostler cannot do without. Raises AccelUnavailable, naming it."""
+    try:
+        version = channel.ioctl(requests.KVM_GET_API_VERSION)
+    except OSError as error:
+        raise AccelUnavailable(f"{name} is not KVM: {error.strerror}") from error
+    if version != requests.KVM_API_VERSION:
+        raise AccelUnavailable(f"{name} speaks API version {version}, expected {requests.KVM_API_VERSION}")
+    missing = [f"KVM_CAP_{cap.name}" for cap in REQUIRED if channel.ioctl(requests.KVM_CHECK_EXTENSION, cap) <= 0]
+    if missing:
+        raise AccelUnavailable(f"{name} is too old: it lacks {', '.join(missing)}")
