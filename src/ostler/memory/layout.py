@@ -21,8 +21,8 @@ PAGE_SIZE = 0x1000
 
 LOW_RAM_LIMIT = Gpa(0xC000_0000)
 HIGH_RAM_START = Gpa(0x1_0000_0000)
-# Page tables and boot structures must be addressable by every processor we offer.
-PHYSICAL_LIMIT = Gpa(1 << 40)
+# The narrowest processor model we offer has 39 physical address bits.
+PHYSICAL_LIMIT = Gpa(1 << 39)
 
 EBDA_START = Gpa(0x9_FC00)
 ACPI_START = Gpa(0xE_0000)
@@ -32,8 +32,6 @@ HIGH_MEMORY_START = Gpa(0x10_0000)
 IOAPIC_BASE = Gpa(0xFEC0_0000)
 LAPIC_BASE = Gpa(0xFEE0_0000)
 TEST_MEMORY_BASE = Gpa(0xFF00_0000)
-# Intel KVM needs four pages of its own there; they are outside every slot of ours.
-KVM_TSS_BASE = Gpa(0xFFFB_D000)
 
 
 class RegionKind(Enum):

@@ -146,8 +146,12 @@ class Serial:
 
     @property
     def room(self) -> int:
-        """How many bytes `receive` would take now; none in loopback, where the wire is cut."""
-        if self._state.mcr & MCR.LOOP:
+        """How many bytes `receive` would take now.
+
+        The other side waits for DTR, as a terminal with hardware flow control does: a driver that
+        is not open yet would clear the FIFO when it comes. In loopback the wire is cut.
+        """
+        if self._state.mcr & (MCR.LOOP | MCR.DTR) != MCR.DTR:
             return 0
         return max(self._depth - len(self._rx), 0)
 
@@ -271,7 +275,7 @@ class Serial:
     def _write_mcr(self, value: int) -> None:
         state = self._state
         before = self._looped_modem() if state.mcr & MCR.LOOP else state.msr & 0xF0
-        was_looped = state.mcr & MCR.LOOP
+        had_room = self.room
         state.mcr = value & MCR.declared()
         after = self._looped_modem() if state.mcr & MCR.LOOP else state.msr & 0xF0
         changed = (before ^ after) >> 4
@@ -280,7 +284,7 @@ class Serial:
             changed &= ~MSR.TRAILING_RI
         state.msr |= changed
         self._update()
-        if was_looped and not state.mcr & MCR.LOOP:
+        if self.room and not had_room:
             self._on_room()
 
     def _write_msr(self, value: int) -> None:

@@ -47,7 +47,8 @@ class Port:
         self.uart.write(offset, 1, value)
 
     def enable(self, interrupts: int, *, fifo: int = 0) -> None:
-        self.put(MCR_AT, MCR.OUT2)
+        self.put(MCR_AT, MCR.OUT2 | MCR.DTR)
+        self.put(MSR_AT, 0)
         self.put(IIR_AT, fifo)
         self.put(IER_AT, interrupts)
 
@@ -96,7 +97,7 @@ def test_receive_without_fifo_takes_one_byte_and_raises() -> None:
     assert port.get(IIR_AT) == IIR_RX_DATA
     assert port.get(LSR_AT) & LSR.DATA_READY
     assert port.get(DATA) == 0x61
-    assert port.rooms == 1
+    assert port.rooms == 2
     assert port.irq.levels == [1, 0]
 
 
@@ -112,11 +113,14 @@ def test_receive_below_trigger_identifies_timeout_then_data() -> None:
 def test_receive_full_fifo_refuses_rest_and_reports_room_when_empty() -> None:
     port = Port()
     port.put(IIR_AT, FCR.ENABLE)
+    assert port.uart.receive(b"nobody listens") == 0
+    port.put(MCR_AT, MCR.DTR)
+    assert port.rooms == 1
     data = bytes(range(FIFO_SIZE + 4))
     assert port.uart.receive(data) == FIFO_SIZE
     assert port.uart.room == 0
     assert bytes(port.get(DATA) for _ in range(FIFO_SIZE)) == data[:FIFO_SIZE]
-    assert port.rooms == 1
+    assert port.rooms == 2
     assert not port.get(LSR_AT) & LSR.OVERRUN
 
 
@@ -158,9 +162,10 @@ def test_line_status_interrupt_has_priority_and_modem_the_lowest() -> None:
 def test_interrupt_without_out2_stays_off_the_line() -> None:
     port = Port()
     port.put(IER_AT, IER.RX_DATA)
+    port.put(MCR_AT, MCR.DTR)
     port.uart.receive(b"x")
     assert port.irq.levels == []
-    port.put(MCR_AT, MCR.OUT2)
+    port.put(MCR_AT, MCR.DTR | MCR.OUT2)
     assert port.irq.levels == [1]
 
 

@@ -1,0 +1,101 @@
+"""What a guest is made of, as a user asks for it.
+
+`parse_guest` takes raw values from the command line, a file or a request and gives a GuestSpec
+or raises BadRequest of one line: the field, the value, what was expected. Files are named here
+and read by the boot loader, which complains about their contents.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ostler.accel.models import DEFAULT_MODEL, MODELS
+from ostler.accel.opener import NAMES as ACCELERATORS
+from ostler.config.sizes import MIB, format_size, parse_size
+from ostler.errors import BadRequest
+
+MIN_MEMORY_BYTES = 16 * MIB
+MAX_CPUS = 255
+PAGE_SIZE = 4096
+
+
+def host_memory_bytes() -> int:
+    """All the memory the host has, free or not."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _memory(value: object) -> int:
+    size = parse_size(value) if isinstance(value, str) else value
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise ValueError("expected a size such as 512M, 1G or 1.5G")
+    limit = host_memory_bytes()
+    if not MIN_MEMORY_BYTES <= size <= limit:
+        raise ValueError(f"expected {format_size(MIN_MEMORY_BYTES)} to the host's {format_size(limit)}")
+    return size // PAGE_SIZE * PAGE_SIZE
+
+
+def _cpus(value: object) -> int:
+    text = str(value).strip()
+    # The length first: Python refuses to convert absurdly long digit strings in a way of its own.
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_CPUS):
+        raise ValueError(f"expected 1 to {MAX_CPUS}")
+    return int(text)
+
+
+def _cpu_model(value: str) -> str:
+    if value not in MODELS:
+        raise ValueError(f"expected one of {', '.join(sorted(MODELS))}")
+    return value
+
+
+def _accelerator(value: str) -> str:
+    if value not in ACCELERATORS:
+        raise ValueError(f"expected one of {', '.join(ACCELERATORS)}")
+    return value
+
+
+def _text_line(value: str) -> str:
+    if "\0" in value or "\n" in value:
+        raise ValueError("expected one line of text")
+    return value
+
+
+class GuestSpec(BaseModel):
+    """A guest. Frozen; `parse_guest` makes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    kernel: Path
+    initrd: Path | None = None
+    append: Annotated[str, AfterValidator(_text_line)] = ""
+    memory: Annotated[int, BeforeValidator(_memory)] = 512 * MIB
+    """Bytes; given as text with a unit or as a number of bytes."""
+    cpus: Annotated[int, BeforeValidator(_cpus)] = 1
+    cpu: Annotated[str, AfterValidator(_cpu_model)] = DEFAULT_MODEL
+    accel: Annotated[str, AfterValidator(_accelerator)] = "auto"
+    test_devices: bool = Field(default=False)
+    """The ports and memory that kvm-unit-tests look for."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory` under a name with its unit."""
+        return self.memory
+
+
+def parse_guest(**values: Any) -> GuestSpec:
+    """Validate raw values; None means not given. Raises BadRequest naming the first bad field."""
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        return GuestSpec.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "guest"
+        expected = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            raise BadRequest(f"{field}: missing, expected a value") from error
+        shown = " ".join(str(first["input"]).split())
+        raise BadRequest(f"{field} {shown!r}: {expected}") from error

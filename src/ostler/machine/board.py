@@ -1,0 +1,177 @@
+"""The board: every device of a guest, wired to buses, lines, timers and the console.
+
+Port map, besides what the accelerator keeps to itself (PIC, PIT, their control ports):
+
+    0x60..0x64 keyboard reset    0x70..0x71 RTC      0x80, 0xED scratch   0x92 reset
+    0xE9 debug console           0xF4 debug exit     0x3F8 COM1           0x505 pvpanic
+    0x510..0x511 fw_cfg          0x600..0x60B ACPI   0xCF9 reset
+
+One lock serialises all devices. They hold it for microseconds and under the interpreter's own
+lock anyway, and devices that meet (timer and register access, console and UART) cannot deadlock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from ostler.boot.acpi import AcpiPlatform
+from ostler.bus import MmioBus, PortBus
+from ostler.devices.acpi import pm
+from ostler.devices.legacy import debug, fw_cfg
+from ostler.devices.legacy.reset import KeyboardReset, ResetPort, Scratch, SystemControl
+from ostler.devices.legacy.rtc import CENTURY, Rtc
+from ostler.devices.legacy.serial import PORT_COUNT as SERIAL_PORTS
+from ostler.devices.legacy.serial import Serial
+from ostler.devices.testing import pc_testdev as testdev
+from ostler.devices.wiring import Clock, IrqLine, PowerSink, Timer
+from ostler.memory.layout import IOAPIC_BASE, LAPIC_BASE, LOW_RAM_LIMIT, TEST_MEMORY_BASE
+
+COM1_PORT, COM1_IRQ = 0x3F8, 4
+RTC_PORT, RTC_IRQ = 0x70, 8
+KEYBOARD_PORT, SYSTEM_CONTROL_PORT, RESET_PORT = 0x60, 0x92, 0xCF9
+SCRATCH_PORTS = (0x80, 0xED)
+RESET_VALUE = 0x06
+IOAPIC_ID = 0
+# The BIOS memory map is older than 4 GiB of memory; CMOS keeps only what fits its fields.
+CMOS_KIB_LIMIT = 0xFFFF
+
+
+class BoardTimer(Timer, Protocol):
+    """An alarm whose expiry runs on the event loop, under the board's lock."""
+
+    def call(self, expired: Callable[[], None]) -> None:
+        """Say what to do on expiry; before the first deadline is armed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """Everything the board is given by the process around it."""
+
+    lock: threading.Lock
+    clock: Clock
+    new_timer: Callable[[], BoardTimer]
+    power: PowerSink
+    console_sink: Callable[[int], None]
+    console_room: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Chipset:
+    """What the board reaches of the accelerator: interrupt lines, and re-mapping for tests."""
+
+    drive_gsi: Callable[[int, int], None]
+    flush_page: Callable[[int], None]
+
+
+class Board:
+    """Buses and devices of one guest. Hold `lock` around every access from outside."""
+
+    def __init__(self, wiring: Wiring, chipset: Chipset, *, cpus: int, memory_bytes: int, test_devices: bool) -> None:
+        self.lock = wiring.lock
+        self._chipset = chipset
+        self.ports = PortBus()
+        self.mmio = MmioBus()
+        self.serial = Serial(irq=self._line(COM1_IRQ), sink=wiring.console_sink, on_room=wiring.console_room)
+        self.rtc = self._make_rtc(wiring, cpus=cpus, memory_bytes=memory_bytes)
+        self.pm = self._make_pm(wiring)
+        self._claim_legacy(wiring, cpus=cpus, memory_bytes=memory_bytes)
+        if test_devices:
+            self._claim_test_devices()
+        else:
+            self.ports.claim("debug console", debug.DEBUG_CONSOLE_PORT, 1, debug.DebugConsole(wiring.console_sink))
+        self._cpus = cpus
+
+    def acpi_platform(self) -> AcpiPlatform:
+        """The board as the ACPI tables describe it."""
+        return AcpiPlatform(
+            apic_ids=tuple(range(self._cpus)),
+            lapic_base=LAPIC_BASE,
+            ioapic_base=IOAPIC_BASE,
+            ioapic_id=IOAPIC_ID,
+            pm1_event_port=pm.PM_BASE,
+            pm1_control_port=pm.PM_BASE + pm.PM1_CONTROL_OFFSET,
+            pm_timer_port=pm.PM_BASE + pm.PM_TIMER_OFFSET,
+            sci_gsi=pm.SCI_GSI,
+            reset_port=RESET_PORT,
+            reset_value=RESET_VALUE,
+            sleep_type_s5=pm.SLEEP_TYPE_S5,
+            serial_ports=((COM1_PORT, COM1_IRQ),),
+            rtc_port=RTC_PORT,
+            rtc_irq=RTC_IRQ,
+            rtc_century_index=CENTURY,
+            pvpanic_port=debug.PVPANIC_PORT,
+        )
+
+    def _line(self, gsi: int) -> IrqLine:
+        return IrqLine(partial(self._chipset.drive_gsi, gsi))
+
+    def _make_rtc(self, wiring: Wiring, *, cpus: int, memory_bytes: int) -> Rtc:
+        timer = wiring.new_timer()
+        cmos = _cmos(cpus=cpus, memory_bytes=memory_bytes)
+        rtc = Rtc(clock=wiring.clock, timer=timer, irq=self._line(RTC_IRQ), cmos=cmos)
+        timer.call(rtc.expired)
+        return rtc
+
+    def _make_pm(self, wiring: Wiring) -> pm.PowerManagement:
+        timer = wiring.new_timer()
+        line = self._line(pm.SCI_GSI)
+        device = pm.PowerManagement(clock=wiring.clock, timer=timer, irq=line, power=wiring.power)
+        timer.call(device.expired)
+        return device
+
+    def _claim_legacy(self, wiring: Wiring, *, cpus: int, memory_bytes: int) -> None:
+        power, ports = wiring.power, self.ports
+        keyboard = KeyboardReset(power)
+        # Port 0x61 in between is the PIT's and the accelerator's.
+        ports.claim("keyboard data", KEYBOARD_PORT, 1, keyboard)
+        ports.claim("keyboard command", KEYBOARD_PORT + 4, 1, _Shifted(keyboard, 4))
+        ports.claim("RTC", RTC_PORT, 2, self.rtc)
+        ports.claim("system control", SYSTEM_CONTROL_PORT, 1, SystemControl(power))
+        ports.claim("reset control", RESET_PORT, 1, ResetPort(power))
+        for port in SCRATCH_PORTS:
+            ports.claim("scratch", port, 1, Scratch())
+        ports.claim("debug exit", debug.DEBUG_EXIT_PORT, debug.DEBUG_EXIT_SIZE, debug.DebugExit(power), max_width=4)
+        ports.claim("COM1", COM1_PORT, SERIAL_PORTS, self.serial)
+        ports.claim("pvpanic", debug.PVPANIC_PORT, 1, debug.PvPanic(power))
+        firmware = fw_cfg.FwCfg(cpus=cpus, ram_bytes=memory_bytes)
+        ports.claim("fw_cfg", fw_cfg.FW_CFG_PORT, fw_cfg.FW_CFG_PORTS, firmware, max_width=2)
+        ports.claim("ACPI", pm.PM_BASE, pm.PM_SIZE, self.pm, max_width=4)
+
+    def _claim_test_devices(self) -> None:
+        echo = testdev.EchoPort()
+        self.ports.claim("test echo", testdev.ECHO_PORT, testdev.ECHO_SIZE, echo, max_width=4)
+        self.ports.claim("test echo, bytes", testdev.ECHO_BYTES_PORT, testdev.ECHO_SIZE, echo)
+        flush = testdev.FlushPort(self._chipset.flush_page)
+        self.ports.claim("test flush", testdev.FLUSH_PORT, testdev.FLUSH_SIZE, flush, max_width=4)
+        lines = testdev.IrqPorts(self._chipset.drive_gsi)
+        self.ports.claim("test lines", testdev.IRQ_PORT, testdev.IRQ_LINES, lines)
+        self.mmio.claim("test memory", TEST_MEMORY_BASE, testdev.MEMORY_SIZE, testdev.ExitMemory())
+
+
+@dataclass(frozen=True, slots=True)
+class _Shifted:
+    """A device that claims its ports one by one still sees its own offsets."""
+
+    device: KeyboardReset
+    by: int
+
+    def read(self, offset: int, size: int) -> int:
+        return self.device.read(offset + self.by, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.device.write(offset + self.by, size, value)
+
+
+def _cmos(*, cpus: int, memory_bytes: int) -> dict[int, int]:
+    """Memory sizes and processors where PC firmware keeps them."""
+    low = min(memory_bytes, LOW_RAM_LIMIT)
+    extended_kib = min((low >> 10) - 1024, CMOS_KIB_LIMIT)
+    above_16m = min(max(low - (16 << 20), 0) >> 16, CMOS_KIB_LIMIT)
+    above_4g = (memory_bytes - low) >> 16
+    words = {0x15: 640, 0x17: extended_kib, 0x30: extended_kib, 0x34: above_16m, 0x5B: above_4g & 0xFFFF}
+    values = {index + half: word >> (half * 8) & 0xFF for index, word in words.items() for half in (0, 1)}
+    return {**values, 0x5D: above_4g >> 16 & 0xFF, 0x5F: cpus - 1}

@@ -1,0 +1,97 @@
+"""A virtual machine, wired and loaded: the accelerator's parts, guest memory, the board.
+
+Order matters in three places. The interrupt controllers exist before the first processor, which
+gets its local APIC from that. Processors get their CPUID before registers, because it decides
+which bits are legal. Memory is registered before anything is loaded, so that the accelerator is
+told of every write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import TracebackType
+from typing import Self
+
+from ostler.abi.kvm import board as kvm_board
+from ostler.accel.api import VCPU, Accel, IrqRoute, Route
+from ostler.accel.fitting import Policy, fit, install
+from ostler.accel.models import DEFAULT_MODEL, model
+from ostler.boot.acpi import install_tables
+from ostler.boot.kernel import Kernel
+from ostler.boot.load import load_guest
+from ostler.config import GuestSpec
+from ostler.errors import HostError
+from ostler.machine.board import Board, Chipset, Wiring
+from ostler.machine.processor import enter, wire_local_interrupts
+from ostler.memory import GuestMemory
+from ostler.memory.layout import PAGE_SIZE
+
+PIC_LINES, IOAPIC_LINES, CASCADE, PIT_PIN = 16, 24, 2, 2
+
+
+class Machine:
+    """Owns VM, processors and memory; a context manager. The board's lock guards its devices."""
+
+    def __init__(self, spec: GuestSpec, accel: Accel, wiring: Wiring) -> None:
+        """Raises BadRequest for a model the accelerator lacks, HostError without memory."""
+        self.spec = spec
+        # Whoever names a model wants that model; the default gives way where a host is older.
+        policy = Policy.REFUSE if spec.cpu != DEFAULT_MODEL else Policy.MASK
+        self.model, self.masked_features = fit(model(spec.cpu), accel, policy)
+        with contextlib.ExitStack() as stack:
+            try:
+                self.memory = stack.enter_context(GuestMemory.of_size(spec.memory_bytes))
+            except OSError as error:
+                raise HostError(f"guest memory of {spec.memory_bytes} bytes: {error.strerror or error}") from error
+            self.vm = stack.enter_context(accel.create_vm())
+            self.vm.create_irqchip()
+            self.vm.create_pit2()
+            self.vm.set_gsi_routing(pc_routes())
+            self.memory.register(self.vm)
+            self.memory.on_write(self.vm.memory_written)
+            self.vcpus = [self._new_vcpu(number) for number in range(spec.cpus)]
+            chipset = Chipset(self.vm.irq_line, self._flush_page)
+            self.board = Board(
+                wiring, chipset, cpus=spec.cpus, memory_bytes=spec.memory_bytes, test_devices=spec.test_devices
+            )
+            self._resources = stack.pop_all()
+
+    def load(self, kernel: Kernel, *, initrd: bytes | None, cmdline: str) -> None:
+        """Place tables, kernel and initrd and point the first processor at them. Raises BadRequest."""
+        rsdp = install_tables(self.memory, self.board.acpi_platform())
+        entry = load_guest(self.memory, kernel, initrd=initrd, cmdline=cmdline, rsdp=rsdp)
+        enter(self.vcpus[0], entry)
+
+    def _new_vcpu(self, number: int) -> VCPU:
+        vcpu = self.vm.create_vcpu(number)
+        install(self.model, vcpu, self.spec.cpus)
+        wire_local_interrupts(vcpu)
+        return vcpu
+
+    def _flush_page(self, gpa: int) -> None:
+        """A test program wants the page at `gpa` looked at afresh."""
+        self.vm.memory_written(gpa & ~(PAGE_SIZE - 1), PAGE_SIZE)
+
+    def close(self) -> None:
+        """Release everything. No processor may be running."""
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def pc_routes() -> list[Route]:
+    """GSIs as on a PC: the PIT's line 0 is pin 2 of the IOAPIC, and the PIC's cascade has no line."""
+    routes: list[Route] = []
+    for gsi in range(IOAPIC_LINES):
+        if gsi < PIC_LINES and gsi != CASCADE:
+            chip = kvm_board.KVM_IRQCHIP_PIC_MASTER if gsi < 8 else kvm_board.KVM_IRQCHIP_PIC_SLAVE
+            routes.append(IrqRoute(gsi, chip, gsi % 8))
+        if gsi != CASCADE:
+            routes.append(IrqRoute(gsi, kvm_board.KVM_IRQCHIP_IOAPIC, PIT_PIN if gsi == 0 else gsi))
+    return routes

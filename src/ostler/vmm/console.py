@@ -1,0 +1,164 @@
+"""The guest's console on two file descriptors of the host.
+
+Output: processors append bytes to a buffer under the board's lock; the loop writes them out a few
+milliseconds later, whole lines at a time. When nobody reads the other end, the buffer fills to a
+limit and then processors wait outside of the lock: a slow terminal slows the guest down and loses
+nothing.
+
+Input: bytes are read while the UART takes them and not before, so that a file on standard input
+waits for a guest that is not ready. The end of input is not the end of the guest.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from ostler.devices.legacy.serial import Serial
+from ostler.vmm.loop import NS_PER_MS, EventLoop
+
+FLUSH_DELAY_NS = 4 * NS_PER_MS
+RETRY_DELAY_NS = 20 * NS_PER_MS
+# poll(2) promises room for this much in a pipe, so a write of it does not block.
+CHUNK_BYTES = select.PIPE_BUF
+CONGESTED_BYTES = 256 << 10
+READ_BYTES = 1024
+# Enough for the report a kernel prints when it panics.
+TAIL_BYTES = 8 << 10
+
+
+class InputFilter(Protocol):
+    """Takes the host's own keys out of what is typed."""
+
+    quit: bool
+
+    def feed(self, typed: bytes) -> bytes:
+        """What of `typed` is the guest's."""
+
+
+class ConsoleOutput:
+    """From the guest to a file descriptor. `put` runs under the board's lock."""
+
+    def __init__(self, fd: int, loop: EventLoop, lock: threading.Lock) -> None:
+        self._fd = fd
+        self._lock = lock
+        self._buffer = bytearray()
+        self._timer = loop.new_timer()
+        self._timer.call(self.flush)
+        self._drained = threading.Event()
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+        self.tail = bytearray()
+        self.first_byte_ns: int | None = None
+        self.congested = False
+
+    def put(self, byte: int) -> None:
+        """One byte of output."""
+        self._buffer.append(byte)
+        if self._timer.deadline_ns is None:
+            self._timer.arm(time.monotonic_ns() + FLUSH_DELAY_NS)
+        if len(self._buffer) >= CONGESTED_BYTES:
+            self._drained.clear()
+            self.congested = True
+
+    def wait(self) -> None:
+        """Block a processor while the buffer is over its limit; not under the lock."""
+        self._drained.wait()
+
+    def flush(self) -> None:
+        """Write what the other end takes now; come back for the rest. Loop thread only.
+
+        Raises BrokenPipeError when the other end has gone.
+        """
+        while self._buffer:
+            if not self._poll.poll(0):
+                self._timer.arm(time.monotonic_ns() + RETRY_DELAY_NS)
+                return
+            self._write(self._buffer[:CHUNK_BYTES])
+        if self.congested:
+            self.release()
+
+    def finish(self) -> None:
+        """Write everything, however long the other end takes."""
+        while self._buffer:
+            self._write(self._buffer[:CHUNK_BYTES])
+
+    def release(self) -> None:
+        """Let waiting processors go on."""
+        self.congested = False
+        self._drained.set()
+
+    def _write(self, chunk: bytearray) -> None:
+        written = os.write(self._fd, chunk)
+        if self.first_byte_ns is None:
+            self.first_byte_ns = time.monotonic_ns()
+        self.tail += chunk[:written]
+        del self.tail[:-TAIL_BYTES]
+        with self._lock:
+            del self._buffer[:written]
+
+
+class ConsoleInput:
+    """From a file descriptor to the guest. Loop thread only, but for `on_room`."""
+
+    def __init__(self, fd: int, loop: EventLoop, lock: threading.Lock, keys: InputFilter | None) -> None:
+        self._fd = fd
+        self._loop = loop
+        self._lock = lock
+        self._keys = keys
+        self._pending = b""
+        self._ended = False
+        self._serial: Serial | None = None
+        self._on_quit: Callable[[], None] = _nothing
+
+    def connect(self, serial: Serial, on_quit: Callable[[], None]) -> None:
+        """Start reading for this UART; `on_quit` is told when the filter says so."""
+        self._serial, self._on_quit = serial, on_quit
+        self._watch()
+
+    def on_room(self) -> None:
+        """The UART takes bytes again; called in processor threads."""
+        if self._pending:
+            self._loop.call_soon(self._deliver)
+
+    def _readable(self) -> None:
+        try:
+            typed = os.read(self._fd, READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            # A terminal that hung up (EIO) has ended like any other input.
+            typed = b""
+        if not typed:
+            self._ended = True
+            self._loop.remove_reader(self._fd)
+            return
+        self._pending += self._keys.feed(typed) if self._keys else typed
+        if self._keys and self._keys.quit:
+            self._loop.remove_reader(self._fd)
+            self._on_quit()
+            return
+        self._deliver()
+
+    def _deliver(self) -> None:
+        if self._serial is None:
+            return
+        with self._lock:
+            taken = self._serial.receive(self._pending)
+            self._pending = self._pending[taken:]
+        self._watch()
+
+    def _watch(self) -> None:
+        """Read on as long as nothing waits; with a filter always, for its keys must work."""
+        if self._pending and (self._keys is None or len(self._pending) > READ_BYTES):
+            self._loop.remove_reader(self._fd)
+        elif not self._ended:
+            self._loop.add_reader(self._fd, self._readable)
+
+
+def _nothing() -> None:
+    """Nobody is connected yet."""

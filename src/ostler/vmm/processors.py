@@ -1,0 +1,170 @@
+"""One thread per virtual processor: run, serve the exit, run again.
+
+The path of a port exit is the hot one of the whole Python side; it does one lookup and one call
+under the board's lock. What ends a run is decided once, by whoever is first (`Outcome`), and
+everybody else is kicked out of the guest.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from ostler.accel.api import VCPU, ExitReason
+from ostler.errors import AccelError
+from ostler.machine.board import Board
+from ostler.vmm.console import ConsoleOutput
+
+KVM_SYSTEM_EVENT_SHUTDOWN, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_CRASH = 1, 2, 3
+JOIN_SLICE_S, STOP_LIMIT_S = 0.05, 10
+
+
+class EndKind(Enum):
+    """Why a run ended."""
+
+    POWER_OFF = "power-off"
+    RESET = "reset"
+    DEBUG_EXIT = "debug exit"
+    QUIT = "ended from outside"
+    PANIC = "panic"
+    TRIPLE_FAULT = "triple fault"
+    STUCK = "cannot go on"
+    BUG = "internal error"
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of a run, and the processor that brought it about."""
+
+    kind: EndKind
+    code: int = 0
+    vcpu: int | None = None
+    text: str = ""
+    error: BaseException | None = None
+
+
+class Outcome:
+    """Keeps the first end announced and tells everyone who must then stop; any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._on_end: list[Callable[[], None]] = []
+        self.end: End | None = None
+
+    def when_ended(self, callback: Callable[[], None]) -> None:
+        """Call back, in the announcing thread, at the end; before processors start."""
+        self._on_end.append(callback)
+
+    def announce(self, end: End) -> None:
+        """Take it if it is the first."""
+        with self._lock:
+            if self.end is not None:
+                return
+            self.end = end
+        for callback in self._on_end:
+            callback()
+
+
+class Processor:
+    """A virtual processor and its thread."""
+
+    def __init__(self, vcpu: VCPU, board: Board, console: ConsoleOutput, outcome: Outcome) -> None:
+        self.vcpu = vcpu
+        self._board = board
+        self._console = console
+        self._outcome = outcome
+        self._stopping = False
+        self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.id}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to run the guest."""
+        self._thread.start()
+
+    def ask_to_stop(self) -> None:
+        """Leave the guest as soon as possible; from any thread."""
+        self._stopping = True
+        self.vcpu.kick()
+
+    def join(self) -> None:
+        """Wait for the thread. Raises AccelError for a processor that no kick gets out of the guest."""
+        deadline = time.monotonic() + STOP_LIMIT_S
+        while self._thread.is_alive():
+            # Once more: an earlier kick may have been spent on an exit that was under way.
+            self.vcpu.kick()
+            self._thread.join(JOIN_SLICE_S)
+            if time.monotonic() > deadline:
+                raise AccelError(f"vCPU {self.vcpu.id}: still in the guest {STOP_LIMIT_S} s after it was told to stop")
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller runs in this processor's thread."""
+        return threading.current_thread() is self._thread
+
+    def _main(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            self._outcome.announce(End(EndKind.BUG, vcpu=self.vcpu.id, error=error))
+
+    def _run(self) -> None:
+        run, exit_view, console = self.vcpu.run, self.vcpu.exit, self._console
+        ports, mmio, lock = self._board.ports, self._board.mmio, self._board.lock
+        while not self._stopping:
+            reason = run()
+            if reason is ExitReason.IO:
+                is_write, port, size, count, data = exit_view.io
+                with lock:
+                    for at in range(0, size * count, size):
+                        item = data[at : at + size]
+                        if is_write:
+                            ports.write(port, size, int.from_bytes(item, "little"))
+                        else:
+                            item[:] = ports.read(port, size).to_bytes(size, "little")
+                if console.congested:
+                    console.wait()
+            elif reason is ExitReason.MMIO:
+                is_write, address, data = exit_view.mmio
+                with lock:
+                    if is_write:
+                        mmio.write(address, len(data), int.from_bytes(data, "little"))
+                    else:
+                        data[:] = mmio.read(address, len(data)).to_bytes(len(data), "little")
+            elif reason is not ExitReason.INTR:
+                self._serve_rare(reason)
+
+    def _serve_rare(self, reason: ExitReason) -> None:
+        """Exits that end the run, all of them."""
+        vcpu = self.vcpu
+        if reason is ExitReason.SHUTDOWN:
+            end = End(EndKind.TRIPLE_FAULT, vcpu=vcpu.id)
+        elif reason is ExitReason.SYSTEM_EVENT:
+            end = self._system_event(vcpu.exit.system_event.kind)
+        elif reason is ExitReason.INTERNAL_ERROR:
+            error = vcpu.exit.internal
+            data = " ".join(f"{word:#x}" for word in error.data)
+            text = f"internal error {error.suberror} of the accelerator {data}".rstrip()
+            end = End(EndKind.STUCK, vcpu=vcpu.id, text=text)
+        elif reason is ExitReason.FAIL_ENTRY:
+            end = End(EndKind.STUCK, vcpu=vcpu.id, text=f"guest state refused, reason {vcpu.exit.fail_entry.reason:#x}")
+        else:
+            end = End(EndKind.STUCK, vcpu=vcpu.id, text=f"unexpected exit {reason.name}")
+        self._outcome.announce(end)
+        self._stopping = True
+
+    def _system_event(self, kind: int) -> End:
+        kinds = {
+            KVM_SYSTEM_EVENT_SHUTDOWN: EndKind.POWER_OFF,
+            KVM_SYSTEM_EVENT_RESET: EndKind.RESET,
+            KVM_SYSTEM_EVENT_CRASH: EndKind.PANIC,
+        }
+        if kind in kinds:
+            return End(kinds[kind], vcpu=self.vcpu.id)
+        return End(EndKind.STUCK, vcpu=self.vcpu.id, text=f"unknown system event {kind}")

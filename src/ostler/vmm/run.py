@@ -1,0 +1,185 @@
+"""Running one guest from its specification to its end: what `ostler run` calls.
+
+Phases, in order: read (kernel and initrd from disk, unpacking), create (accelerator, VM, board,
+loading into memory), run. The caller owns the terminal; this module only reads and writes the
+file descriptors it is given. Signals that raise in the main thread end the guest and pass on.
+
+A guest that resets has ended, with status 0: there is no reboot. Kernels without a loaded pvpanic
+driver report a panic by resetting (`panic=-1`, which is put on Linux's command line unless it has a
+`panic=` of its own); a reset right after panic output on the console counts as the panic it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ostler import accel
+from ostler.accel.api import Accel
+from ostler.boot.kernel import Kernel, Protocol
+from ostler.boot.load import read_file, read_kernel
+from ostler.config import GuestSpec
+from ostler.devices.wiring import PowerEvent
+from ostler.machine.board import Wiring
+from ostler.machine.machine import Machine
+from ostler.vmm.console import ConsoleInput, ConsoleOutput, InputFilter
+from ostler.vmm.crash import crash_error, panic_line
+from ostler.vmm.loop import EventLoop, HostClock
+from ostler.vmm.processors import End, EndKind, Outcome, Processor
+
+ORDERLY = {EndKind.POWER_OFF: 0, EndKind.RESET: 0, EndKind.QUIT: 0}
+POWER_ENDS = {
+    PowerEvent.POWER_OFF: EndKind.POWER_OFF,
+    PowerEvent.RESET: EndKind.RESET,
+    PowerEvent.PANIC: EndKind.PANIC,
+    PowerEvent.DEBUG_EXIT: EndKind.DEBUG_EXIT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a guest ended that did not crash."""
+
+    exit_status: int
+    reason: str
+    accelerator: str
+    timings_s: dict[str, float]
+    """Seconds by phase: read, create, first output, run."""
+    masked_features: tuple[str, ...] = ()
+    """Features of the default CPU model that the accelerator lacks."""
+
+
+def run(
+    spec: GuestSpec,
+    *,
+    console_in: int | None = None,
+    console_out: int = 1,
+    keys: InputFilter | None = None,
+    accelerator: Accel | None = None,
+) -> RunResult:
+    """Run a guest to its end. Call in the main thread.
+
+    Raises BadRequest for what the guest is made of, GuestCrash for how it ended, HostError for what
+    the host refused, BrokenPipeError when nobody reads the console any more.
+    """
+    started = time.monotonic()
+    kernel, initrd = _read(spec)
+    read_s = time.monotonic() - started
+    with contextlib.ExitStack() as stack:
+        opened = accelerator or accel.open(spec.accel)
+        if accelerator is None:
+            stack.callback(opened.close)
+        process = stack.enter_context(_Process(spec, opened, console_in, console_out, keys))
+        process.machine.load(kernel, initrd=initrd, cmdline=_cmdline(spec.append, kernel))
+        # The unpacked kernel is tens of megabytes, and the guest has its own copy now.
+        del kernel, initrd
+        create_s = time.monotonic() - started - read_s
+        run_started_ns = time.monotonic_ns()
+        end = process.run()
+        run_s = (time.monotonic_ns() - run_started_ns) / 1e9
+        timings = {"read": read_s, "create": create_s, "run": run_s}
+        if process.output.first_byte_ns is not None:
+            timings["first output"] = (process.output.first_byte_ns - run_started_ns) / 1e9
+        status = process.judge(end)
+        return RunResult(status, end.kind.value, opened.name, timings, tuple(process.machine.masked_features))
+
+
+def _read(spec: GuestSpec) -> tuple[Kernel, bytes | None]:
+    """Both files. An initrd larger than memory is refused before it is read."""
+    initrd = read_file(spec.initrd, "initrd", max_bytes=spec.memory_bytes) if spec.initrd else None
+    return read_kernel(Path(spec.kernel)), initrd
+
+
+def _cmdline(append: str, kernel: Kernel) -> str:
+    if kernel.protocol is Protocol.MULTIBOOT or any(word.startswith("panic=") for word in append.split()):
+        return append
+    return f"panic=-1 {append}".rstrip()
+
+
+class _Process:
+    """A machine, its threads and its loop, alive together; a context manager."""
+
+    def __init__(
+        self, spec: GuestSpec, opened: Accel, console_in: int | None, console_out: int, keys: InputFilter | None
+    ) -> None:
+        lock = threading.Lock()
+        self._outcome = Outcome()
+        with contextlib.ExitStack() as undo:
+            self._loop = undo.enter_context(EventLoop())
+            self.output = ConsoleOutput(console_out, self._loop, lock)
+            self._input = None if console_in is None else ConsoleInput(console_in, self._loop, lock, keys)
+            wiring = Wiring(
+                lock=lock,
+                clock=HostClock(),
+                new_timer=lambda: self._loop.new_timer(lock=lock),
+                power=self._power,
+                console_sink=self.output.put,
+                console_room=self._input.on_room if self._input else _nothing,
+            )
+            self.machine = undo.enter_context(Machine(spec, opened, wiring))
+            self._processors = [
+                Processor(vcpu, self.machine.board, self.output, self._outcome) for vcpu in self.machine.vcpus
+            ]
+            self._resources = undo.pop_all()
+        for processor in self._processors:
+            self._outcome.when_ended(processor.ask_to_stop)
+        self._outcome.when_ended(self._loop.stop)
+
+    def run(self) -> End:
+        """Start everything, serve until the end, stop everything whatever happens."""
+        if self._input:
+            self._input.connect(self.machine.board.serial, lambda: self._outcome.announce(End(EndKind.QUIT)))
+        started: list[Processor] = []
+        try:
+            for processor in self._processors:
+                started.append(processor)
+                processor.start()
+            self._loop.run()
+        finally:
+            # Also the way out of a signal or of a console that is gone: nobody may stay in the guest.
+            self._outcome.announce(End(EndKind.QUIT))
+            self.output.release()
+            for processor in started:
+                processor.join()
+        self.output.finish()
+        return self._outcome.end or End(EndKind.QUIT)
+
+    def judge(self, end: End) -> int:
+        """The exit status of an orderly end. Raises GuestCrash, or the bug that ended the run."""
+        if end.error is not None:
+            raise end.error
+        if end.kind is EndKind.RESET and panic_line(self.output.tail) is not None:
+            end = replace(end, kind=EndKind.PANIC)
+        if end.kind in ORDERLY:
+            return ORDERLY[end.kind]
+        if end.kind is EndKind.DEBUG_EXIT:
+            return end.code
+        vcpu = self.machine.vcpus[end.vcpu or 0]
+        raise crash_error(end, vcpu, self.machine.memory, self.output.tail)
+
+    def _power(self, event: PowerEvent, code: int = 0) -> None:
+        """A device ends the run; called in the thread of the processor that did it."""
+        if event not in POWER_ENDS:
+            # A crash kernel is about to take over: the guest goes on.
+            return
+        vcpu = next((each.vcpu.id for each in self._processors if each.is_current), None)
+        self._outcome.announce(End(POWER_ENDS[event], code=code, vcpu=vcpu))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A processor that would not stop still uses the memory: leaving it mapped is the lesser evil.
+        if not any(processor.is_alive for processor in self._processors):
+            self._resources.close()
+
+
+def _nothing() -> None:
+    """Room on the console interests nobody: there is no input."""
