@@ -4,7 +4,9 @@
 use super::op::{Handler, Op, ADDR16, ADDR32, LOCK, OP16, OP64, REP, REPNE, SLOW};
 use super::state::CodeSize;
 use super::{table, Cpu, R, RIP_BASE, ZERO};
+use crate::host::thunk::{Thunk, ThunkCache};
 use iced_x86::{Code, Instruction, OpKind, Register};
+use std::sync::Arc;
 
 /// What an operand is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +22,32 @@ pub enum Kind {
     None,
 }
 
+/// The thunks of a vCPU, and those that its decoded operations point to.
+#[derive(Default)]
+pub struct Thunks {
+    cache: Option<ThunkCache>,
+    /// Keeps alive what operations point to; cleared with the blocks.
+    kept: Vec<Arc<Thunk>>,
+}
+
+impl Thunks {
+    /// The address of an instruction's thunk, good until `clear`.
+    fn get(&mut self, ins: &Instruction, bytes: &[u8]) -> Option<*const Thunk> {
+        if self.cache.is_none() {
+            self.cache = ThunkCache::new().ok();
+        }
+        let thunk = self.cache.as_mut()?.get(ins, bytes)?;
+        let address = Arc::as_ptr(&thunk);
+        self.kept.push(thunk);
+        Some(address)
+    }
+
+    /// The operations that pointed to thunks are gone.
+    pub(crate) fn clear(&mut self) {
+        self.kept.clear();
+    }
+}
+
 /// A binding in progress, given to a row's bind function.
 pub struct Binder<'a> {
     /// The decoded instruction.
@@ -31,6 +59,7 @@ pub struct Binder<'a> {
     pub op: Op,
     /// The code segment's size.
     pub size: CodeSize,
+    thunks: &'a mut Thunks,
 }
 
 unsafe fn undefined(cpu: &mut Cpu, _: &Op) -> R {
@@ -55,7 +84,7 @@ pub fn register_offset(register: Register) -> Option<u8> {
 
 impl<'a> Binder<'a> {
     /// Fills in the operands.
-    pub fn new(ins: &'a Instruction, bytes: &'a [u8], size: CodeSize) -> Self {
+    pub fn new(ins: &'a Instruction, bytes: &'a [u8], size: CodeSize, thunks: &'a mut Thunks) -> Self {
         let op = Op {
             f: UNDEFINED,
             imm: 0,
@@ -69,7 +98,7 @@ impl<'a> Binder<'a> {
             end: 0,
             len: ins.len() as u8,
         };
-        let mut binder = Self { ins, bytes, op, size };
+        let mut binder = Self { ins, bytes, op, size, thunks };
         binder.prefixes();
         for index in 0..ins.op_count() {
             binder.operand(index);
@@ -197,6 +226,16 @@ impl<'a> Binder<'a> {
         };
     }
 
+    /// The address of the host thunk for this instruction.
+    pub fn thunk(&mut self) -> Option<*const Thunk> {
+        self.thunks.get(self.ins, self.bytes)
+    }
+
+    /// Makes MASKMOV's implicit operand, [rDI], the memory operand.
+    pub fn masked_move_operand(&mut self) {
+        self.op.base = 7;
+    }
+
     /// Whether the bytes hold an operand-size prefix (66).
     pub fn operand_override(&self) -> bool {
         let prefixes = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf0, 0xf2, 0xf3];
@@ -205,8 +244,8 @@ impl<'a> Binder<'a> {
 }
 
 /// Binds an instruction: always gives an operation; what the table lacks raises #UD.
-pub fn bind(ins: &Instruction, bytes: &[u8], size: CodeSize) -> Op {
-    let mut binder = Binder::new(ins, bytes, size);
+pub fn bind(ins: &Instruction, bytes: &[u8], size: CodeSize, thunks: &mut Thunks) -> Op {
+    let mut binder = Binder::new(ins, bytes, size, thunks);
     let handler = match ins.code() {
         Code::INVALID => None,
         _ => table::row(ins.mnemonic()).and_then(|row| (row.bind)(&mut binder)),

@@ -7,7 +7,7 @@
 //! links from its predecessor within the page, the jump cache by RIP and context, the map by
 //! physical address.
 
-use super::bind::bind;
+use super::bind::{bind, Thunks};
 use super::op::Op;
 use super::state::{seg, CodeSize};
 use super::{Cpu, Exit, Stop, R};
@@ -105,6 +105,7 @@ pub struct Blocks {
     jumps: Box<[Jump]>,
     /// The block in execution, so that a store into it can cut it short.
     pub(crate) current: *mut Block,
+    pub(crate) thunks: Thunks,
     /// Blocks decoded so far.
     pub decoded: u64,
     /// How often everything was dropped: pointers from before are void.
@@ -119,6 +120,7 @@ impl Default for Blocks {
             retired: Vec::new(),
             jumps: vec![Jump { linear: 0, context: u64::MAX, block: std::ptr::null_mut() }; JUMPS].into_boxed_slice(),
             current: std::ptr::null_mut(),
+            thunks: Thunks::default(),
             decoded: 0,
             clears: 0,
         }
@@ -131,6 +133,7 @@ impl Blocks {
         self.chunks.clear();
         self.map.clear();
         self.retired.clear();
+        self.thunks.clear();
         self.jumps.fill(Jump { linear: 0, context: u64::MAX, block: std::ptr::null_mut() });
         self.current = std::ptr::null_mut();
         self.clears += 1;
@@ -274,7 +277,7 @@ impl Cpu {
     }
 
     /// Decodes at most `limit` instructions from `bytes`.
-    fn decode(&self, bytes: &[u8], limit: usize, ops: &mut Vec<Op>) -> (usize, bool, DecoderError) {
+    fn decode(&mut self, bytes: &[u8], limit: usize, ops: &mut Vec<Op>) -> (usize, bool, DecoderError) {
         let bits = match self.code_size {
             CodeSize::B16 => 16,
             CodeSize::B32 => 32,
@@ -291,7 +294,7 @@ impl Cpu {
             }
             let start = end;
             end += ins.len();
-            let mut op = bind(&ins, &bytes[start..end], self.code_size);
+            let mut op = bind(&ins, &bytes[start..end], self.code_size, &mut self.blocks.thunks);
             op.end = end as u8;
             ops.push(op);
             if error != DecoderError::None || ends_block(&ins) {
@@ -340,14 +343,7 @@ impl Cpu {
     }
 
     /// One instruction that begins at the end of a page and goes on in the next.
-    fn decode_straddling(
-        &mut self,
-        key: u64,
-        linear: u64,
-        gpa: u64,
-        host: *const u8,
-        in_page: usize,
-    ) -> R<*mut Block> {
+    fn decode_straddling(&mut self, key: u64, linear: u64, gpa: u64, host: *const u8, in_page: usize) -> R<*mut Block> {
         let (gpa2, host2) = self.fetch((linear & !0xfff).wrapping_add(PAGE_SIZE))?;
         let (word, generation) = self.mark_code(gpa, host, in_page);
         let (word2, generation2) = self.mark_code(gpa2, host2, MAX_INSTRUCTION);
@@ -405,7 +401,9 @@ impl Cpu {
         // SAFETY: `current` is a block of the cache while it runs; its operations are this vCPU's own.
         unsafe {
             let stale = !(*current).valid()
-                || (*current).second.is_some_and(|(_, word, generation)| (*word).load(Relaxed) >> 32 != generation as u64);
+                || (*current)
+                    .second
+                    .is_some_and(|(_, word, generation)| (*word).load(Relaxed) >> 32 != generation as u64);
             if stale {
                 for index in 0..=(*current).count as usize {
                     let op = &mut *(*current).ops.add(index);

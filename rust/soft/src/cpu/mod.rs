@@ -28,6 +28,7 @@ pub mod run;
 pub mod state;
 pub mod stubs;
 pub mod table;
+pub mod testing;
 pub mod walk;
 
 use crate::mem::SlotMap;

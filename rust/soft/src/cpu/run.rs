@@ -345,3 +345,63 @@ impl Cpu {
         self.fault
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::testing::Bench;
+
+    /// mov ecx, n; l: add rax, rcx; xor rdx, rax; dec ecx; jnz l; hlt
+    const LOOP: &[u8] = &[0xb9, 0x40, 0x42, 0x0f, 0, 0x48, 1, 0xc8, 0x48, 0x31, 0xc2, 0xff, 0xc9, 0x75, 0xf6, 0xf4];
+
+    #[test]
+    fn test_run_register_loop_gives_the_sum() {
+        let mut bench = Bench::new(1 << 20).long_mode(0x10_000, false);
+        bench.load(0x10_000, LOOP);
+        let _ = bench.cpu.run_raw(4_000_001);
+        assert_eq!(bench.cpu.regs[0], 1_000_000 * 1_000_001 / 2);
+    }
+
+    #[test]
+    fn test_run_store_into_running_block_executes_the_new_code() {
+        // mov byte [rip+1], 0x7f (patches the next instruction's immediate); mov al, 1; out 0x10, al
+        let code = [0xc6, 0x05, 1, 0, 0, 0, 0x7f, 0xb0, 1, 0x0f, 0x0b];
+        let mut bench = Bench::new(1 << 20).long_mode(0x10_000, false);
+        bench.load(0x10_000, &code);
+        let result = bench.cpu.run_raw(100);
+        assert_eq!(result, Err(Stop::Fault));
+        assert_eq!(bench.cpu.regs[0] & 0xff, 0x7f);
+        assert_eq!(bench.cpu.rip, 0x10_009);
+    }
+
+    #[test]
+    fn test_run_instruction_across_pages_is_executed() {
+        let mut bench = Bench::new(1 << 20).long_mode(0x10_ffd, false);
+        bench.load(0x10_ffd, &[0xb8, 0x78, 0x56, 0x34, 0x12, 0x0f, 0x0b]);
+        assert_eq!(bench.cpu.run_raw(10), Err(Stop::Fault));
+        assert_eq!((bench.cpu.regs[0], bench.cpu.rip), (0x1234_5678, 0x11_002));
+    }
+
+    #[test]
+    fn test_run_rep_movs_overlapping_replicates() {
+        // mov edi, 0x20001; mov esi, 0x20000; mov ecx, 0x3000; rep movsb; ud2
+        let code = [0xbf, 1, 0, 2, 0, 0xbe, 0, 0, 2, 0, 0xb9, 0, 0x30, 0, 0, 0xf3, 0xa4, 0x0f, 0x0b];
+        let mut bench = Bench::new(1 << 20).long_mode(0x10_000, false);
+        bench.load(0x10_000, &code);
+        bench.load(0x20_000, &[0x5a, 1, 2, 3]);
+        assert_eq!(bench.cpu.run_raw(10), Err(Stop::Fault));
+        assert_eq!(bench.word(0x22_ff9), 0x5a5a_5a5a_5a5a_5a5a);
+        assert_eq!(bench.cpu.regs[1], 0);
+    }
+
+    #[test]
+    fn test_run_sse_addition_by_thunk() {
+        // movd xmm0, eax; paddd xmm0, xmm0; movd ecx, xmm0; ud2
+        let code = [0x66, 0x0f, 0x6e, 0xc0, 0x66, 0x0f, 0xfe, 0xc0, 0x66, 0x0f, 0x7e, 0xc1, 0x0f, 0x0b];
+        let mut bench = Bench::new(1 << 20).long_mode(0x10_000, false);
+        bench.load(0x10_000, &code);
+        bench.cpu.regs[0] = 21;
+        assert_eq!(bench.cpu.run_raw(10), Err(Stop::Fault));
+        assert_eq!(bench.cpu.regs[1], 42);
+    }
+}

@@ -3,7 +3,8 @@
 use super::bind::Binder;
 use super::exec;
 use super::op::Handler;
-use iced_x86::Mnemonic;
+use crate::host::classify::supported;
+use iced_x86::{Code, Mnemonic};
 use std::sync::OnceLock;
 
 /// Who can execute an instruction, and how it is tested.
@@ -17,7 +18,7 @@ pub enum Class {
     Volatile,
     /// Privileged or about modes and segments: tests/accel's business.
     System,
-    /// Runs on the host's SIMD or x87 unit.
+    /// Runs on the host's SIMD or x87 unit; these rows come from `host::classify::supported`.
     Simd,
 }
 
@@ -53,6 +54,15 @@ fn index() -> &'static [Option<Row>] {
     static INDEX: OnceLock<Vec<Option<Row>>> = OnceLock::new();
     INDEX.get_or_init(|| {
         let mut index = vec![None; Mnemonic::values().len()];
+        for code in Code::values().filter(|&code| supported(code)) {
+            let mnemonic = code.mnemonic();
+            index[mnemonic as usize] = Some(Row {
+                mnemonic,
+                class: Class::Simd,
+                manual: "SDM vol. 1, 8-12; by host thunk",
+                bind: exec::fp::bind,
+            });
+        }
         for row in exec::ROWS.iter().flat_map(|rows| rows.iter()) {
             index[row.mnemonic as usize] = Some(*row);
         }

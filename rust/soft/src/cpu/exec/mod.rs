@@ -1,10 +1,28 @@
 //! The instruction handlers, by family; each file brings its rows of the opcode table.
 
 pub mod alu;
+pub mod bits;
 pub mod far;
+pub mod flow;
+pub mod fp;
+pub mod mov;
+pub mod muldiv;
+pub mod shift;
+pub mod string;
 pub mod system;
 
 use super::table::Row;
 
 /// The rows of all families.
-pub const ROWS: &[&[Row]] = &[alu::ROWS, far::ROWS, system::ROWS];
+pub const ROWS: &[&[Row]] = &[
+    alu::ROWS,
+    bits::ROWS,
+    flow::ROWS,
+    fp::ROWS,
+    mov::ROWS,
+    muldiv::ROWS,
+    shift::ROWS,
+    string::ROWS,
+    far::ROWS,
+    system::ROWS,
+];
