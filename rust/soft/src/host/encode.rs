@@ -12,11 +12,27 @@ use iced_x86::{Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind, R
 
 use super::fpstate::{MXCSR, ST, XMM};
 
+/// How an instruction gets the guest's MXCSR, and the guest the flags it raised.
+///
+/// Loading a different MXCSR costs more than most instructions, so the common case avoids it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mxcsr {
+    /// The instruction does not use it.
+    #[default]
+    Unused,
+    /// The guest's control bits are the default ones: run under the host's MXCSR and add its flags to
+    /// the guest's. Right only while the host has no flag that the guest lacks; if it has one, or
+    /// other control bits, the guest's value is loaded first, and may stay.
+    Shared,
+    /// Any guest value that masks all exceptions: loaded before, the host's is put back after.
+    Swapped,
+}
+
 /// How the thunk's environment is set up around the instruction.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Environment {
-    /// Run under the guest's MXCSR and keep the flags it gathers.
-    pub mxcsr: bool,
+    /// How the guest's MXCSR takes effect.
+    pub mxcsr: Mxcsr,
     /// Load and store the whole x87 state around the instruction.
     pub x87: bool,
     /// The instruction puts the x87 unit into MMX mode.
@@ -31,9 +47,42 @@ const STMXCSR_HOST: &[u8] = &[0x0F, 0xAE, 0x5C, 0x24, 0xF0]; // stmxcsr [rsp-16]
 const LDMXCSR_HOST: &[u8] = &[0x0F, 0xAE, 0x54, 0x24, 0xF0];
 const STMXCSR_GUEST: &[u8] = &[0x0F, 0xAE, 0x5E, MXCSR as u8]; // stmxcsr [rsi+24]
 const LDMXCSR_GUEST: &[u8] = &[0x0F, 0xAE, 0x56, MXCSR as u8];
-const FXRSTOR_GUEST: &[u8] = &[0x48, 0x0F, 0xAE, 0x0E]; // fxrstor64 [rsi]
-const FXSAVE_GUEST: &[u8] = &[0x48, 0x0F, 0xAE, 0x06];
-const FNINIT: &[u8] = &[0xDB, 0xE3];
+/// Loads the guest's MXCSR unless the host's will do:
+/// `(host ^ guest) & (host | !0x3F) == 0` says that control bits agree and no flag is too many.
+const SHARE_MXCSR: &[&[u8]] = &[
+    STMXCSR_HOST,
+    &[0x8B, 0x44, 0x24, 0xF0],        // mov eax, [rsp-16]
+    &[0x44, 0x8B, 0x5E, MXCSR as u8], // mov r11d, [rsi+24]
+    &[0x41, 0x31, 0xC3],              // xor r11d, eax
+    &[0x83, 0xC8, 0xC0],              // or eax, ~0x3F
+    &[0x41, 0x85, 0xC3],              // test r11d, eax
+    &[0x74, 0x04],                    // jz past the load
+    LDMXCSR_GUEST,
+];
+const ADD_FLAGS_TO_GUEST: &[&[u8]] = &[
+    STMXCSR_HOST,
+    &[0x44, 0x8B, 0x5C, 0x24, 0xF0],  // mov r11d, [rsp-16]
+    &[0x44, 0x09, 0x5E, MXCSR as u8], // or [rsi+24], r11d
+];
+/// FXRSTOR loads MXCSR too; for the time of the thunk the image holds the host's, because changing it
+/// twice would cost as much as the rest.
+const LOAD_X87: &[&[u8]] = &[
+    &[0x44, 0x8B, 0x5E, MXCSR as u8], // mov r11d, [rsi+24]
+    STMXCSR_GUEST,
+    &[0x48, 0x0F, 0xAE, 0x0E], // fxrstor64 [rsi]
+];
+/// FNINIT, slow, only where EMMS does not leave a state that suits the ABI.
+const STORE_X87: &[&[u8]] = &[
+    &[0x48, 0x0F, 0xAE, 0x06],        // fxsave64 [rsi]
+    &[0x44, 0x89, 0x5E, MXCSR as u8], // mov [rsi+24], r11d
+    &[0x66, 0x81, 0x3E, 0x7F, 0x03],  // cmp word [rsi], 0x037F: the ABI's control word
+    &[0x75, 0x0A],                    // jne to fninit
+    &[0xF6, 0x46, 0x02, 0x80],        // test byte [rsi+2], 0x80: an exception is pending
+    &[0x75, 0x04],                    // jne to fninit
+    EMMS,
+    &[0xEB, 0x02], // jmp past fninit
+    &[0xDB, 0xE3], // fninit
+];
 const EMMS: &[u8] = &[0x0F, 0x77];
 const LOAD_FLAGS: &[u8] = &[0x51, 0x9D]; // push rcx; popfq
 const SAVE_FLAGS: &[u8] = &[0x9F, 0x0F, 0x90, 0xC0]; // lahf; seto al
@@ -55,17 +104,21 @@ pub fn encode(ins: &Instruction, environment: Environment, factory: &mut Instruc
     let body = rewrite(ins, base)?;
 
     let mut code = Vec::with_capacity(128);
-    if environment.mxcsr || environment.x87 {
+    let swapped = environment.mxcsr == Mxcsr::Swapped;
+    if swapped {
         code.extend(STMXCSR_HOST);
+    }
+    if environment.mxcsr == Mxcsr::Shared {
+        code.extend(SHARE_MXCSR.concat());
     }
     if needs_rdx {
         code.extend(MOV_R10_RDX);
     }
     if environment.x87 {
-        code.extend(FXRSTOR_GUEST);
+        code.extend(LOAD_X87.concat());
     }
     placed.iter().for_each(|p| load(&mut code, p));
-    if environment.mxcsr {
+    if swapped {
         code.extend(LDMXCSR_GUEST);
     }
     if environment.reads_flags {
@@ -84,16 +137,14 @@ pub fn encode(ins: &Instruction, environment: Environment, factory: &mut Instruc
 /// Puts the host's floating-point environment back and returns.
 fn leave(code: &mut Vec<u8>, environment: Environment) {
     if environment.x87 {
-        code.extend(FXSAVE_GUEST);
-        code.extend(FNINIT);
+        code.extend(STORE_X87.concat());
     } else if environment.mmx {
         code.extend(EMMS);
     }
-    if environment.mxcsr {
-        code.extend(STMXCSR_GUEST);
-    }
-    if environment.mxcsr || environment.x87 {
-        code.extend(LDMXCSR_HOST);
+    match environment.mxcsr {
+        Mxcsr::Shared => code.extend(ADD_FLAGS_TO_GUEST.concat()),
+        Mxcsr::Swapped => code.extend([STMXCSR_GUEST, LDMXCSR_HOST].concat()),
+        Mxcsr::Unused => {}
     }
     code.push(RET);
 }

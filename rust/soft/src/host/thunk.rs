@@ -27,9 +27,9 @@ use iced_x86::{Instruction, InstructionInfoFactory, OpKind, Register, RflagsBits
 
 use super::classify::{self, Class, Lanes};
 use super::control::{self, ControlOp};
-use super::encode::{encode, Environment};
+use super::encode::{encode, Environment, Mxcsr};
 use super::execmem::{CodeWriter, ExecView};
-use super::fpstate::{x87_pending, FpState};
+use super::fpstate::{x87_pending, FpState, MXCSR_INIT};
 use super::soft_crypto::{self, XmmFunction};
 
 pub use super::classify::{is_waiting, supported};
@@ -121,7 +121,10 @@ type NativeFn = unsafe extern "sysv64" fn(*mut u64, *mut FpState, *mut u8, u64) 
 /// Generated code and what keeps it mapped.
 #[derive(Debug)]
 struct Native {
+    /// For guests with MXCSR's default control bits, where the instruction uses MXCSR at all.
     function: NativeFn,
+    /// For guests with others; the same function where the instruction does not use MXCSR.
+    swapped: NativeFn,
     _view: Arc<ExecView>,
 }
 
@@ -239,22 +242,29 @@ impl ThunkCache {
     }
 
     fn native(&mut self, ins: &Instruction, thunk: &Thunk) -> Option<Native> {
-        let environment = Environment {
-            mxcsr: thunk.mxcsr,
+        let mut environment = Environment {
+            mxcsr: if thunk.mxcsr { Mxcsr::Shared } else { Mxcsr::Unused },
             x87: thunk.class == Class::X87,
             mmx: thunk.mmx,
             reads_flags: ins.rflags_read() & ARITHMETIC_BITS != 0,
             writes_flags: thunk.writes_flags,
         };
-        let code = encode(ins, environment, &mut self.factory)?;
+        let mut code = encode(ins, environment, &mut self.factory)?;
+        let mut second = 0;
+        if thunk.mxcsr {
+            environment.mxcsr = Mxcsr::Swapped;
+            second = code.len();
+            code.extend(encode(ins, environment, &mut self.factory)?);
+        }
         let address = match self.writer.push(&code) {
             Some(address) => address,
             None => self.start_region(&code)?,
         };
-        // SAFETY: the address is the start of a complete function that `encode` wrote for exactly
-        // this signature; the view kept beside the pointer keeps it mapped.
-        let function = unsafe { std::mem::transmute::<NonNull<u8>, NativeFn>(address) };
-        Some(Native { function, _view: self.writer.view() })
+        // SAFETY: `offset` is 0 or the start of the second function inside `code`. Each is a complete
+        // function that `encode` wrote for exactly this signature; the view kept beside the pointers
+        // keeps it mapped.
+        let entry = |offset| unsafe { std::mem::transmute::<NonNull<u8>, NativeFn>(address.add(offset)) };
+        Some(Native { function: entry(0), swapped: entry(second), _view: self.writer.view() })
     }
 
     fn start_region(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
@@ -311,6 +321,14 @@ fn xmm_body(ins: &Instruction, function: XmmFunction) -> Body {
     Body::Xmm { function, destination: ins.op0_register().number() as u8, source, immediate }
 }
 
+/// What an instruction works on.
+struct Operands<'a> {
+    regs: &'a mut [u64; 16],
+    fp: &'a mut FpState,
+    scratch: &'a mut Scratch,
+    context: &'a mut ExecContext,
+}
+
 /// Runs `thunk` on the guest's registers.
 #[inline]
 pub fn exec(
@@ -324,14 +342,14 @@ pub fn exec(
         return Outcome::Mf;
     }
     match &thunk.body {
-        Body::Native(native) => match thunk.class {
-            Class::SseInt => native.run(thunk, regs, fp, scratch, context),
-            Class::X87 => x87(native, thunk, regs, fp, scratch, context),
-            _ if thunk.mxcsr && fp.mxcsr() & EXCEPTION_MASKS != EXCEPTION_MASKS => {
-                sse_unmasked(native, thunk, regs, fp, scratch, context)
+        Body::Native(native) => {
+            let on = Operands { regs, fp, scratch, context };
+            match thunk.class {
+                Class::X87 => x87(native, thunk, on),
+                _ if thunk.mxcsr => sse(native, thunk, on),
+                _ => run(native.function, thunk, on),
             }
-            _ => native.run(thunk, regs, fp, scratch, context),
-        },
+        }
         Body::Xmm { function, destination, source, immediate } => {
             let source = source.map_or_else(|| scratch.first_u128(), |index| fp.xmm(index.into()));
             let old = fp.xmm((*destination).into());
@@ -348,43 +366,28 @@ impl Scratch {
     }
 }
 
-impl Native {
-    #[inline]
-    fn run(
-        &self,
-        thunk: &Thunk,
-        regs: &mut [u64; 16],
-        fp: &mut FpState,
-        scratch: &mut Scratch,
-        context: &mut ExecContext,
-    ) -> Outcome {
-        if thunk.mmx {
-            fp.enter_mmx();
-        }
-        let flags = context.rflags & ARITHMETIC_FLAGS | 2;
-        // SAFETY: the code reads and writes only the three operands, whose sizes and alignments are
-        // those of the types, and keeps the ABI. It cannot raise SIGFPE: SIMD exceptions are masked
-        // on this way, x87 exceptions are not pending before and are discarded after.
-        let out = unsafe { (self.function)(regs.as_mut_ptr(), fp, scratch.0.as_mut_ptr(), flags) };
-        if thunk.writes_flags {
-            let flags = (out >> 8) & 0xD5 | (out & 1) << 11;
-            context.rflags = context.rflags & !ARITHMETIC_FLAGS | flags;
-        }
-        Outcome::Done
+#[inline]
+fn run(function: NativeFn, thunk: &Thunk, on: Operands) -> Outcome {
+    if thunk.mmx {
+        on.fp.enter_mmx();
     }
+    let flags = on.context.rflags & ARITHMETIC_FLAGS | 2;
+    // SAFETY: the code reads and writes only the three operands, whose sizes and alignments are those
+    // of the types, and keeps the ABI. It cannot raise SIGFPE: SIMD exceptions are masked on this way,
+    // x87 exceptions are not pending before and are discarded after.
+    let out = unsafe { function(on.regs.as_mut_ptr(), on.fp, on.scratch.0.as_mut_ptr(), flags) };
+    if thunk.writes_flags {
+        let flags = (out >> 8) & 0xD5 | (out & 1) << 11;
+        on.context.rflags = on.context.rflags & !ARITHMETIC_FLAGS | flags;
+    }
+    Outcome::Done
 }
 
 /// The host's pointers must not reach the guest, and an exception decides what is stored.
-fn x87(
-    native: &Native,
-    thunk: &Thunk,
-    regs: &mut [u64; 16],
-    fp: &mut FpState,
-    scratch: &mut Scratch,
-    context: &mut ExecContext,
-) -> Outcome {
+fn x87(native: &Native, thunk: &Thunk, on: Operands) -> Outcome {
+    let Operands { regs, fp, scratch, context } = on;
     let (fdp, fop) = (fp.fdp(), fp.fop());
-    let outcome = native.run(thunk, regs, fp, scratch, context);
+    let outcome = run(native.function, thunk, Operands { regs, fp, scratch, context });
     fp.set_fip(context.rip);
     let pending = x87_pending(fp);
     fp.set_fop(if pending { thunk.opcode } else { fop });
@@ -396,16 +399,26 @@ fn x87(
     outcome
 }
 
+/// Instructions under MXCSR: the cheapest way that is exact for the guest's.
+#[inline]
+fn sse(native: &Native, thunk: &Thunk, on: Operands) -> Outcome {
+    let control = on.fp.mxcsr() & !EXCEPTION_FLAGS;
+    if control == MXCSR_INIT {
+        run(native.function, thunk, on)
+    } else if control & EXCEPTION_MASKS == EXCEPTION_MASKS {
+        run(native.swapped, thunk, on)
+    } else {
+        sse_unmasked(native, thunk, on)
+    }
+}
+
 /// At least one SIMD exception is unmasked: run on copies with all masked, then judge the flags.
+///
+/// One flag can differ from hardware's: beside an unmasked overflow or underflow, PE tells whether the
+/// *masked* response was inexact, not whether a result with unbounded exponent is.
 #[cold]
-fn sse_unmasked(
-    native: &Native,
-    thunk: &Thunk,
-    regs: &mut [u64; 16],
-    fp: &mut FpState,
-    scratch: &mut Scratch,
-    context: &mut ExecContext,
-) -> Outcome {
+fn sse_unmasked(native: &Native, thunk: &Thunk, on: Operands) -> Outcome {
+    let Operands { regs, fp, scratch, context } = on;
     let mxcsr = fp.mxcsr();
     let (mut new_fp, mut new_regs, mut new_context) = (fp.clone(), *regs, *context);
     let mut trial = (mxcsr | EXCEPTION_MASKS) & !EXCEPTION_FLAGS;
@@ -413,7 +426,8 @@ fn sse_unmasked(
         trial &= !FLUSH_TO_ZERO; // has no effect while underflow is unmasked
     }
     new_fp.set_mxcsr(trial);
-    let outcome = native.run(thunk, &mut new_regs, &mut new_fp, scratch, &mut new_context);
+    let copies = Operands { regs: &mut new_regs, fp: &mut new_fp, scratch, context: &mut new_context };
+    let outcome = run(native.swapped, thunk, copies);
 
     let mut raised = new_fp.mxcsr() & EXCEPTION_FLAGS;
     if mxcsr & UNDERFLOW_MASK == 0 && has_tiny_lane(thunk, &new_fp) {
