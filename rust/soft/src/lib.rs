@@ -9,6 +9,7 @@
 
 pub mod cpu;
 pub mod host;
+pub mod irqchip;
 pub mod mem;
 pub mod system;
 pub mod vcpu;

@@ -13,9 +13,8 @@ use super::routing::{Routing, MAX_GSIS};
 use super::timers::{Slot, Timers, PIT_SLOT};
 use super::{lock, read, write, Host, IrqError};
 use kvm_bindings::{
-    kvm_irq_routing_entry, kvm_irqchip, kvm_irqfd, kvm_pit_state2, KVM_IRQCHIP_IOAPIC,
-    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
-    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+    kvm_irq_routing_entry, kvm_irqchip, kvm_irqfd, kvm_pit_state2, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
 };
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, RwLock};
@@ -240,11 +239,7 @@ impl IrqChip {
         });
         let for_thread = shared.clone();
         let timer_thread = timers.spawn(move |slot| for_thread.timer_due(slot))?;
-        Ok(Arc::new(Self {
-            shared,
-            timer_thread: Some(timer_thread),
-            irqfd_thread: Mutex::new(None),
-        }))
+        Ok(Arc::new(Self { shared, timer_thread: Some(timer_thread), irqfd_thread: Mutex::new(None) }))
     }
 
     /// Adds the local APIC of a vCPU. `apic_id` is the vCPU's id; 0 is the boot processor.
@@ -321,8 +316,7 @@ impl IrqChip {
         if Pic::decodes(port) {
             return true;
         }
-        matches!(port, 0x40..=0x43 | 0x61)
-            && lock(&self.shared.pit).as_ref().is_some_and(|pit| pit.decodes(port))
+        matches!(port, 0x40..=0x43 | 0x61) && lock(&self.shared.pit).as_ref().is_some_and(|pit| pit.decodes(port))
     }
 
     /// A load from guest-physical `gpa`; returns true if that is the IOAPIC's window. (The local
@@ -419,16 +413,12 @@ impl IrqChip {
 
     /// KVM_SET_PIT2; the counts start anew.
     pub fn set_pit_state(&self, state: &kvm_pit_state2) -> Result<(), IrqError> {
-        self.shared
-            .with_pit(|pit, now_ns| pit.set_state(state, now_ns))
-            .ok_or(NO_PIT)?
+        self.shared.with_pit(|pit, now_ns| pit.set_state(state, now_ns)).ok_or(NO_PIT)?
     }
 
     /// KVM_REINJECT_CONTROL: whether ticks the guest was too slow for are made up for.
     pub fn set_pit_reinject(&self, reinject: bool) -> Result<(), IrqError> {
-        self.shared
-            .with_pit(|pit, _| pit.set_reinject(reinject))
-            .ok_or(NO_PIT)
+        self.shared.with_pit(|pit, _| pit.set_reinject(reinject)).ok_or(NO_PIT)
     }
 
     /// KVM_CAP_IRQ_ROUTING: the number of GSIs.
@@ -447,10 +437,7 @@ impl IrqChip {
 const NO_PIT: IrqError = IrqError::Pit("does not exist");
 
 fn unknown_chip() -> IrqError {
-    IrqError::InvalidState {
-        chip: "irqchip",
-        reason: "chip_id is none of PIC master, PIC slave, IOAPIC",
-    }
+    IrqError::InvalidState { chip: "irqchip", reason: "chip_id is none of PIC master, PIC slave, IOAPIC" }
 }
 
 fn ioapic_offset(gpa: u64) -> Option<u64> {

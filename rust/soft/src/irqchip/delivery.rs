@@ -138,12 +138,7 @@ pub(crate) struct Address {
 
 impl Address {
     fn is_broadcast(&self, destination: u32) -> bool {
-        destination
-            == if self.x2apic {
-                X2APIC_BROADCAST
-            } else {
-                XAPIC_BROADCAST
-            }
+        destination == if self.x2apic { X2APIC_BROADCAST } else { XAPIC_BROADCAST }
     }
 
     fn matches_physical(&self, destination: u32) -> bool {
@@ -163,17 +158,14 @@ impl Address {
         let logical_id = self.ldr >> 24;
         match self.dfr >> 28 {
             DFR_MODEL_FLAT => logical_id & destination & 0xff != 0,
-            DFR_MODEL_CLUSTER => {
-                logical_id >> 4 == (destination >> 4) & 0xffff && logical_id & destination & 0xf != 0
-            }
+            DFR_MODEL_CLUSTER => logical_id >> 4 == (destination >> 4) & 0xffff && logical_id & destination & 0xf != 0,
             _ => false,
         }
     }
 
     /// Whether `message` is for this local APIC.
     pub(crate) fn matches(&self, message: &Message, xapic_broadcast: bool) -> bool {
-        let destination = if xapic_broadcast && self.x2apic && message.destination == XAPIC_BROADCAST
-        {
+        let destination = if xapic_broadcast && self.x2apic && message.destination == XAPIC_BROADCAST {
             X2APIC_BROADCAST
         } else {
             message.destination

@@ -48,13 +48,7 @@ pub(crate) struct IoApic {
 
 impl IoApic {
     pub(crate) fn new() -> Self {
-        Self {
-            id: 0,
-            select: 0,
-            lines: 0,
-            sources: [0; PINS],
-            redirection: [MASKED; PINS],
-        }
+        Self { id: 0, select: 0, lines: 0, sources: [0; PINS], redirection: [MASKED; PINS] }
     }
 
     /// A load from the window.
@@ -218,11 +212,7 @@ impl IoApic {
 
     /// KVM_SET_IRQCHIP. The lines' sources start anew, so each device must raise its line again
     /// or lower it, as with KVM; pins whose saved line is up interrupt again if nothing forbids.
-    pub(crate) fn set_state(
-        &mut self,
-        state: &kvm_ioapic_state,
-        deliver: Deliver,
-    ) -> Result<(), IrqError> {
+    pub(crate) fn set_state(&mut self, state: &kvm_ioapic_state, deliver: Deliver) -> Result<(), IrqError> {
         let invalid = |reason| IrqError::InvalidState { chip: "IOAPIC", reason };
         if state.base_address != BASE {
             return Err(invalid("the base address is not 0xfec0_0000"));

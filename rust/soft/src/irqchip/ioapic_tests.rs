@@ -13,10 +13,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        Self {
-            chip: IoApic::new(),
-            sent: Vec::new(),
-        }
+        Self { chip: IoApic::new(), sent: Vec::new() }
     }
 
     fn write(&mut self, register: u8, value: u32) -> Option<u8> {
@@ -154,10 +151,7 @@ fn test_set_state_round_trips_and_refuses_foreign_base() {
     copy.set_state(&state, &mut |_| 1).unwrap();
     assert_eq!(copy.redirection, bench.chip.redirection);
     assert_eq!(copy.lines, bench.chip.lines);
-    let foreign = kvm_ioapic_state {
-        base_address: 0x1000,
-        ..state
-    };
+    let foreign = kvm_ioapic_state { base_address: 0x1000, ..state };
     assert!(copy.set_state(&foreign, &mut |_| 1).is_err());
 }
 

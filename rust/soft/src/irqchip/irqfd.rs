@@ -58,12 +58,7 @@ impl Irqfds {
         // SAFETY: no pointers are passed; the result is checked.
         let stop = own(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
         epoll_add(&epoll, &stop, STOP)?;
-        Ok(Self {
-            registry: Mutex::default(),
-            resamplers: AtomicUsize::new(0),
-            epoll,
-            stop,
-        })
+        Ok(Self { registry: Mutex::default(), resamplers: AtomicUsize::new(0), epoll, stop })
     }
 
     /// Ends the thread.
@@ -90,20 +85,13 @@ impl Irqfds {
         } else {
             None
         };
-        self.add(identity, request.gsi, duplicate(fd)?, resample)
-            .map_err(|error| match error {
-                AddError::Busy => refused(fd, "the eventfd is an irqfd already", libc::EBUSY),
-                AddError::Host(source) => IrqError::Host { what: "an epoll entry", source },
-            })
+        self.add(identity, request.gsi, duplicate(fd)?, resample).map_err(|error| match error {
+            AddError::Busy => refused(fd, "the eventfd is an irqfd already", libc::EBUSY),
+            AddError::Host(source) => IrqError::Host { what: "an epoll entry", source },
+        })
     }
 
-    fn add(
-        &self,
-        identity: Identity,
-        gsi: u32,
-        event: OwnedFd,
-        resample: Option<OwnedFd>,
-    ) -> Result<(), AddError> {
+    fn add(&self, identity: Identity, gsi: u32, event: OwnedFd, resample: Option<OwnedFd>) -> Result<(), AddError> {
         let mut registry = lock(&self.registry);
         if registry.entries.iter().any(|entry| entry.identity == identity) {
             return Err(AddError::Busy);
@@ -115,13 +103,7 @@ impl Irqfds {
         if resample.is_some() {
             self.resamplers.fetch_add(1, SeqCst);
         }
-        registry.entries.push(Entry {
-            token,
-            identity,
-            gsi,
-            event,
-            resample,
-        });
+        registry.entries.push(Entry { token, identity, gsi, event, resample });
         Ok(())
     }
 
@@ -179,12 +161,7 @@ impl Irqfds {
         loop {
             // SAFETY: the buffer has room for as many events as its length says.
             let count = unsafe {
-                libc::epoll_wait(
-                    self.epoll.as_raw_fd(),
-                    events.as_mut_ptr(),
-                    events.len() as libc::c_int,
-                    -1,
-                )
+                libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), events.len() as libc::c_int, -1)
             };
             let Ok(count) = usize::try_from(count) else {
                 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted {
@@ -233,9 +210,7 @@ fn duplicate(fd: RawFd) -> Result<OwnedFd, IrqError> {
     }
     // SAFETY: the number was checked not to be negative; the kernel checks that it is open.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-    borrowed
-        .try_clone_to_owned()
-        .map_err(|source| IrqError::Host { what: "a copy of the descriptor", source })
+    borrowed.try_clone_to_owned().map_err(|source| IrqError::Host { what: "a copy of the descriptor", source })
 }
 
 /// Finds out which eventfd `fd` is.
@@ -250,27 +225,15 @@ fn identify(fd: RawFd) -> Result<Identity, IrqError> {
     if !info.contains("eventfd-count:") {
         return Err(refused(fd, "it is not an eventfd", libc::EINVAL));
     }
-    let number = info
-        .lines()
-        .find_map(|line| line.strip_prefix("eventfd-id:"))
-        .and_then(|text| text.trim().parse().ok());
+    let number =
+        info.lines().find_map(|line| line.strip_prefix("eventfd-id:")).and_then(|text| text.trim().parse().ok());
     Ok(number.map_or(Identity::Descriptor(fd), Identity::Eventfd))
 }
 
 fn epoll_add(epoll: &OwnedFd, fd: &OwnedFd, token: u64) -> io::Result<()> {
-    let mut event = libc::epoll_event {
-        events: libc::EPOLLIN as u32,
-        u64: token,
-    };
+    let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: token };
     // SAFETY: `event` outlives the call.
-    let result = unsafe {
-        libc::epoll_ctl(
-            epoll.as_raw_fd(),
-            libc::EPOLL_CTL_ADD,
-            fd.as_raw_fd(),
-            &mut event,
-        )
-    };
+    let result = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd.as_raw_fd(), &mut event) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -279,14 +242,7 @@ fn epoll_add(epoll: &OwnedFd, fd: &OwnedFd, token: u64) -> io::Result<()> {
 
 fn epoll_remove(epoll: &OwnedFd, fd: &OwnedFd) {
     // SAFETY: EPOLL_CTL_DEL ignores the event. It cannot fail: the descriptor is open and added.
-    unsafe {
-        libc::epoll_ctl(
-            epoll.as_raw_fd(),
-            libc::EPOLL_CTL_DEL,
-            fd.as_raw_fd(),
-            std::ptr::null_mut(),
-        )
-    };
+    unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, fd.as_raw_fd(), std::ptr::null_mut()) };
 }
 
 /// Adds one to an eventfd.
@@ -300,10 +256,7 @@ fn signal(fd: &OwnedFd) {
 /// read it meanwhile, so the read must not wait.
 fn drain(fd: &OwnedFd) {
     let mut count = 0u64;
-    let buffer = libc::iovec {
-        iov_base: std::ptr::from_mut(&mut count).cast(),
-        iov_len: 8,
-    };
+    let buffer = libc::iovec { iov_base: std::ptr::from_mut(&mut count).cast(), iov_len: 8 };
     // SAFETY: `buffer` describes the eight bytes of `count`.
     let result = unsafe { libc::preadv2(fd.as_raw_fd(), &buffer, 1, -1, libc::RWF_NOWAIT) };
     if result < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP) {

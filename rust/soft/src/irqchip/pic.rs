@@ -204,14 +204,8 @@ pub(crate) struct Pic {
 
 impl Pic {
     pub(crate) fn new() -> Self {
-        let chip = |elcr_mask| Chip {
-            elcr_mask,
-            ..Chip::default()
-        };
-        Self {
-            chips: ELCR_MASKS.map(chip),
-            sources: [0; 16],
-        }
+        let chip = |elcr_mask| Chip { elcr_mask, ..Chip::default() };
+        Self { chips: ELCR_MASKS.map(chip), sources: [0; 16] }
     }
 
     /// The ports this chip answers to.

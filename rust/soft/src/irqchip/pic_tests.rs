@@ -176,10 +176,7 @@ fn test_set_state_round_trips_and_refuses_bad_priority() {
     let mut copy = ready(1);
     copy.set_state(1, &state).unwrap();
     assert_eq!(copy.state(1), state);
-    let bad = kvm_pic_state {
-        priority_add: 8,
-        ..state
-    };
+    let bad = kvm_pic_state { priority_add: 8, ..state };
     assert!(copy.set_state(1, &bad).is_err());
 }
 

@@ -7,8 +7,8 @@
 use super::ioapic::PINS;
 use super::IrqError;
 use kvm_bindings::{
-    kvm_irq_routing_entry, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI,
+    kvm_irq_routing_entry, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQ_ROUTING_IRQCHIP,
+    KVM_IRQ_ROUTING_MSI,
 };
 
 /// KVM's limit on GSI numbers and on entries.
@@ -66,19 +66,14 @@ impl Routing {
     }
 
     /// Builds a table from KVM_SET_GSI_ROUTING's entries.
-    pub(crate) fn from_entries(
-        entries: &[kvm_irq_routing_entry],
-        wide_destination: bool,
-    ) -> Result<Self, IrqError> {
+    pub(crate) fn from_entries(entries: &[kvm_irq_routing_entry], wide_destination: bool) -> Result<Self, IrqError> {
         if entries.len() > MAX_GSIS as usize {
             let reason = "the table has more than 4096 entries";
             return Err(IrqError::Routing { gsi: 0, reason });
         }
         let mut routing = Self::default();
         for entry in entries {
-            routing
-                .add(entry, wide_destination)
-                .map_err(|reason| IrqError::Routing { gsi: entry.gsi, reason })?;
+            routing.add(entry, wide_destination).map_err(|reason| IrqError::Routing { gsi: entry.gsi, reason })?;
         }
         Ok(routing)
     }
@@ -167,22 +162,14 @@ mod tests {
     use super::*;
 
     fn pin_entry(gsi: u32, chip: u32, pin: u32) -> kvm_irq_routing_entry {
-        let mut entry = kvm_irq_routing_entry {
-            gsi,
-            type_: KVM_IRQ_ROUTING_IRQCHIP,
-            ..Default::default()
-        };
+        let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
         entry.u.irqchip.irqchip = chip;
         entry.u.irqchip.pin = pin;
         entry
     }
 
     fn msi_entry(gsi: u32, address_hi: u32) -> kvm_irq_routing_entry {
-        let mut entry = kvm_irq_routing_entry {
-            gsi,
-            type_: KVM_IRQ_ROUTING_MSI,
-            ..Default::default()
-        };
+        let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
         entry.u.msi.address_lo = 0xfee0_1000;
         entry.u.msi.address_hi = address_hi;
         entry.u.msi.data = 0x41;

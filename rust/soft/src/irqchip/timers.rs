@@ -34,11 +34,7 @@ impl Timers {
     pub(crate) fn new(host: Arc<dyn Host>) -> Arc<Self> {
         Arc::new(Self {
             host,
-            queue: Mutex::new(Queue {
-                deadlines_ns: vec![None],
-                sleeping_until_ns: 0,
-                stop: false,
-            }),
+            queue: Mutex::new(Queue { deadlines_ns: vec![None], sleeping_until_ns: 0, stop: false }),
             changed: Condvar::new(),
         })
     }
@@ -92,10 +88,7 @@ impl Timers {
                         .unwrap_or_else(PoisonError::into_inner)
                         .0
                 }
-                None => self
-                    .changed
-                    .wait(queue)
-                    .unwrap_or_else(PoisonError::into_inner),
+                None => self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner),
             };
             queue.sleeping_until_ns = 0;
         }
@@ -108,18 +101,13 @@ impl Timers {
     }
 
     /// Starts the thread, which calls `fire` for each slot that is due until [`Timers::stop`].
-    pub(crate) fn spawn(
-        self: &Arc<Self>,
-        fire: impl Fn(Slot) + Send + 'static,
-    ) -> std::io::Result<JoinHandle<()>> {
+    pub(crate) fn spawn(self: &Arc<Self>, fire: impl Fn(Slot) + Send + 'static) -> std::io::Result<JoinHandle<()>> {
         let timers = Arc::clone(self);
-        thread::Builder::new()
-            .name("irq-timers".into())
-            .spawn(move || {
-                while let Some(due) = timers.wait() {
-                    due.into_iter().for_each(&fire);
-                }
-            })
+        thread::Builder::new().name("irq-timers".into()).spawn(move || {
+            while let Some(due) = timers.wait() {
+                due.into_iter().for_each(&fire);
+            }
+        })
     }
 }
 

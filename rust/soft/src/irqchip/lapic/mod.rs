@@ -6,8 +6,8 @@
 //! [`Lapic`] is the vCPU's handle: a cell plus the rest of the interrupt hardware, to which it
 //! sends IPIs and ends of interrupt with no lock held.
 
-mod regs;
 mod registers;
+mod regs;
 mod save;
 mod state;
 mod timer;
@@ -23,7 +23,7 @@ use super::delivery::{self, Address, Message};
 use super::timers::{Slot, Timers};
 use super::{lock, read, Host};
 use kvm_bindings::kvm_lapic_state;
-use regs::{APIC_BASE_ADDRESS, LINT0, LINT1};
+use regs::{APIC_BASE_ADDRESS, APIC_BASE_BSP, LINT0, LINT1};
 use state::LapicState;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -96,10 +96,7 @@ impl LapicCell {
             summary: AtomicU32::new(0),
             address: AtomicU64::new(0),
             base: AtomicU64::new(0),
-            guarded: Mutex::new(Guarded {
-                state,
-                armed_ns: None,
-            }),
+            guarded: Mutex::new(Guarded { state, armed_ns: None }),
         };
         cell.update(|_, _| ());
         cell
@@ -110,10 +107,7 @@ impl LapicCell {
     }
 
     fn clock(&self) -> Clock<'_> {
-        Clock {
-            host: &*self.host,
-            vcpu: self.vcpu,
-        }
+        Clock { host: &*self.host, vcpu: self.vcpu }
     }
 
     /// What messages are matched against.
@@ -245,6 +239,11 @@ impl Lapic {
         self.cell.vcpu
     }
 
+    /// Whether this is the boot processor, which starts running at reset and at INIT.
+    pub fn is_bsp(&self) -> bool {
+        self.apic_base() & APIC_BASE_BSP != 0
+    }
+
     // --- pending events ---------------------------------------------------------------------
 
     /// Whether anything waits: a vectored interrupt, ExtINT, NMI, INIT or SIPI.
@@ -324,10 +323,7 @@ impl Lapic {
 
     /// Takes a pending INIT; the caller resets the vCPU and calls [`Lapic::init_reset`].
     pub fn take_init(&self) -> bool {
-        self.flag(PENDING_INIT)
-            && self
-                .cell
-                .update(|state, _| std::mem::take(&mut state.events.init))
+        self.flag(PENDING_INIT) && self.cell.update(|state, _| std::mem::take(&mut state.events.init))
     }
 
     /// Takes a pending start-up vector, to be dropped unless the vCPU waits for one.
@@ -347,8 +343,7 @@ impl Lapic {
     pub fn set_events(&self, events: PendingEvents) {
         let limit = if events.nmi_blocked { 1 } else { 2 };
         let nmis = events.nmis.min(limit);
-        self.cell
-            .update(|state, _| state.events = PendingEvents { nmis, ..events });
+        self.cell.update(|state, _| state.events = PendingEvents { nmis, ..events });
     }
 
     /// INIT's effect on the registers.
@@ -372,30 +367,23 @@ impl Lapic {
 
     /// A load of `data.len()` bytes at `offset` into the register page.
     pub fn mmio_read(&self, offset: u32, data: &mut [u8]) {
-        self.cell
-            .update(|state, clock| state.mmio_read(offset, data, clock));
+        self.cell.update(|state, clock| state.mmio_read(offset, data, clock));
     }
 
     /// A store to the register page.
     pub fn mmio_write(&self, offset: u32, data: &[u8]) {
-        let outcome = self
-            .cell
-            .update(|state, clock| state.mmio_write(offset, data, clock));
+        let outcome = self.cell.update(|state, clock| state.mmio_write(offset, data, clock));
         self.complete(outcome);
     }
 
     /// RDMSR of 0x800 to 0x83f.
     pub fn msr_read(&self, msr: u32) -> Result<u64, Gp> {
-        lock(&self.cell.guarded)
-            .state
-            .msr_read(msr, &self.cell.clock())
+        lock(&self.cell.guarded).state.msr_read(msr, &self.cell.clock())
     }
 
     /// WRMSR of 0x800 to 0x83f.
     pub fn msr_write(&self, msr: u32, value: u64) -> Result<(), Gp> {
-        let outcome = self
-            .cell
-            .update(|state, clock| state.msr_write(msr, value, clock))?;
+        let outcome = self.cell.update(|state, clock| state.msr_write(msr, value, clock))?;
         self.complete(outcome);
         Ok(())
     }
@@ -427,8 +415,7 @@ impl Lapic {
 
     /// WRMSR of IA32_TSC_DEADLINE.
     pub fn set_tsc_deadline(&self, value: u64) {
-        self.cell
-            .update(|state, clock| state.write_tsc_deadline(value, clock));
+        self.cell.update(|state, clock| state.write_tsc_deadline(value, clock));
     }
 
     /// The guest's TSC jumped (IA32_TSC or IA32_TSC_ADJUST written): wait anew for the deadline.
@@ -448,8 +435,7 @@ impl Lapic {
 
     /// Writes CR8; the caller has checked that only the low four bits are set.
     pub fn set_cr8(&self, value: u64) {
-        self.cell
-            .update(|state, _| state.tpr = ((value & 0xf) << 4) as u8);
+        self.cell.update(|state, _| state.tpr = ((value & 0xf) << 4) as u8);
     }
 
     // --- state ------------------------------------------------------------------------------
@@ -457,16 +443,13 @@ impl Lapic {
     /// KVM_GET_LAPIC.
     pub fn state(&self) -> kvm_lapic_state {
         let wide_ids = self.shared.wide_ids();
-        lock(&self.cell.guarded)
-            .state
-            .save(wide_ids, &self.cell.clock())
+        lock(&self.cell.guarded).state.save(wide_ids, &self.cell.clock())
     }
 
     /// KVM_SET_LAPIC. IA32_APIC_BASE must be set before.
     pub fn set_state(&self, page: &kvm_lapic_state) -> Result<(), InvalidState> {
         let wide_ids = self.shared.wide_ids();
-        self.cell
-            .update(|state, clock| state.restore(page, wide_ids, clock))
+        self.cell.update(|state, clock| state.restore(page, wide_ids, clock))
     }
 }
 

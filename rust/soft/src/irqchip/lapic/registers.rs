@@ -92,17 +92,11 @@ impl LapicState {
     /// Writes the ICR's command half, which sends.
     pub(crate) fn write_icr_low(&mut self, value: u32) -> Option<Ipi> {
         self.icr_low = value & ICR_LOW_BITS;
-        let destination = if self.x2apic() {
-            self.icr_high
-        } else {
-            self.icr_high >> 24
-        };
+        let destination = if self.x2apic() { self.icr_high } else { self.icr_high >> 24 };
         let ipi = Ipi::from_icr(self.icr_low, destination);
         let message = ipi.message;
         match message.mode {
-            DeliveryMode::Fixed | DeliveryMode::LowestPriority
-                if message.vector < FIRST_LEGAL_VECTOR =>
-            {
+            DeliveryMode::Fixed | DeliveryMode::LowestPriority if message.vector < FIRST_LEGAL_VECTOR => {
                 self.report_error(ESR_SEND_ILLEGAL_VECTOR);
                 None
             }

@@ -40,14 +40,8 @@ pub(crate) const LVT_MASKED: u32 = 1 << 16;
 /// Delivery status and remote IRR: read-only, so writes neither change them nor fault.
 pub(crate) const LVT_READ_ONLY: u32 = (1 << 12) | (1 << 14);
 /// Bits that exist in each LVT entry.
-pub(crate) const LVT_BITS: [u32; LVT_COUNT] = [
-    0x0007_10ff,
-    0x0001_17ff,
-    0x0001_17ff,
-    0x0001_f7ff,
-    0x0001_f7ff,
-    0x0001_10ff,
-];
+pub(crate) const LVT_BITS: [u32; LVT_COUNT] =
+    [0x0007_10ff, 0x0001_17ff, 0x0001_17ff, 0x0001_f7ff, 0x0001_f7ff, 0x0001_10ff];
 pub(crate) const LVT_EXTINT: u32 = 7 << 8;
 
 pub(crate) const SVR_ENABLED: u32 = 1 << 8;

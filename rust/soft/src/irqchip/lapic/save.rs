@@ -45,9 +45,7 @@ fn take(page: &kvm_lapic_state, offset: u32) -> u32 {
 }
 
 fn take_vectors(page: &kvm_lapic_state, offset: u32) -> Vectors {
-    let mut vectors = Vectors(std::array::from_fn(|index| {
-        take(page, offset + 0x10 * index as u32)
-    }));
+    let mut vectors = Vectors(std::array::from_fn(|index| take(page, offset + 0x10 * index as u32)));
     // The APIC never holds exception vectors, so no restored state may bring them in.
     vectors.0[0] &= 0xffff_0000;
     vectors

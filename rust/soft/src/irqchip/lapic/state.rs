@@ -196,17 +196,14 @@ impl LapicState {
         if !self.hardware_enabled() {
             return None;
         }
-        self.irr
-            .highest()
-            .filter(|&vector| vector & 0xf0 > self.ppr() & 0xf0)
+        self.irr.highest().filter(|&vector| vector & 0xf0 > self.ppr() & 0xf0)
     }
 
     /// Whether the PIC's INTR reaches this processor: through LINT0, or past a disabled APIC.
     pub(crate) fn admits_extint(&self) -> bool {
         let lint0 = self.lvt[LINT0];
         !self.hardware_enabled()
-            || (lint0 & LVT_MASKED == 0
-                && DeliveryMode::from_field(lint0 >> 8) == DeliveryMode::ExtInt)
+            || (lint0 & LVT_MASKED == 0 && DeliveryMode::from_field(lint0 >> 8) == DeliveryMode::ExtInt)
     }
 
     /// Whether LINT0 is an NMI line, as Linux's old NMI watchdog used it with the PIT.
@@ -227,18 +224,14 @@ impl LapicState {
     pub(crate) fn end_of_interrupt(&mut self) -> Option<EndOfInterrupt> {
         let vector = self.isr.highest()?;
         self.isr.remove(vector);
-        Some(EndOfInterrupt {
-            vector,
-            level: self.tmr.contains(vector),
-        })
+        Some(EndOfInterrupt { vector, level: self.tmr.contains(vector) })
     }
 
     /// Takes a message from the bus. Returns whether it was accepted.
     pub(crate) fn accept(&mut self, message: &Message) -> bool {
         match message.mode {
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
-                (message.assert || !message.level)
-                    && self.accept_vector(message.vector, message.level)
+                (message.assert || !message.level) && self.accept_vector(message.vector, message.level)
             }
             DeliveryMode::Nmi => {
                 self.accept_nmi();

@@ -14,17 +14,11 @@ impl Bench {
     fn new() -> Self {
         let mut state = LapicState::new(1);
         state.svr = 0x1ff;
-        Self {
-            host: FakeHost::new(),
-            state,
-        }
+        Self { host: FakeHost::new(), state }
     }
 
     fn with<R>(&mut self, act: impl FnOnce(&mut LapicState, &Clock) -> R) -> R {
-        let clock = Clock {
-            host: &*self.host,
-            vcpu: 1,
-        };
+        let clock = Clock { host: &*self.host, vcpu: 1 };
         act(&mut self.state, &clock)
     }
 

@@ -194,10 +194,7 @@ impl Timer {
 
     /// Takes the counting registers of a saved register page: `current` is what was left.
     pub(crate) fn restore(&mut self, saved: Saved, mode: TimerMode, clock: &Clock) {
-        *self = Self {
-            divide: saved.divide & DIVIDE_BITS,
-            ..Self::default()
-        };
+        *self = Self { divide: saved.divide & DIVIDE_BITS, ..Self::default() };
         if !mode.counts() {
             return;
         }

@@ -155,8 +155,7 @@ impl Counter {
 
     /// Length of a period in the modes that repeat.
     pub(super) fn period_ns(&self) -> Option<u64> {
-        self.is_periodic()
-            .then(|| ticks_to_ns(u64::from(self.running)))
+        self.is_periodic().then(|| ticks_to_ns(u64::from(self.running)))
     }
 
     /// Control word with a non-zero access field.
@@ -260,11 +259,7 @@ impl Counter {
     fn start(&mut self, now_ns: u64) {
         self.running = self.reload;
         self.null_count = false;
-        self.progress = if self.gate || self.is_triggered() {
-            Progress::Since(now_ns)
-        } else {
-            Progress::Held(0)
-        };
+        self.progress = if self.gate || self.is_triggered() { Progress::Since(now_ns) } else { Progress::Held(0) };
     }
 
     pub(super) fn gate(&self) -> bool {
@@ -350,7 +345,8 @@ impl Counter {
 }
 
 fn to_bcd(value: u16) -> u16 {
-    value / 1000 % 10 << 12 | value / 100 % 10 << 8 | value / 10 % 10 << 4 | value % 10
+    let digit = |power: u16| value / power % 10;
+    (digit(1000) << 12) | (digit(100) << 8) | (digit(10) << 4) | digit(1)
 }
 
 /// Digits above 9 count for what they are worth, cut at the largest count.

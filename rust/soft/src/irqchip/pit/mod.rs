@@ -137,13 +137,11 @@ impl Pit {
     /// Lets the timer act on the time. Returns true if the line is to be pulsed.
     #[must_use]
     pub(crate) fn run(&mut self, now_ns: u64) -> bool {
-        let Some(deadline_ns) = self.deadline_ns.filter(|&deadline_ns| deadline_ns <= now_ns)
-        else {
+        let Some(deadline_ns) = self.deadline_ns.filter(|&deadline_ns| deadline_ns <= now_ns) else {
             return false;
         };
-        let missed = self.channels[0].period_ns().map_or(0, |period_ns| {
-            (now_ns - deadline_ns) / period_ns.max(MIN_PERIOD_NS)
-        });
+        let missed =
+            self.channels[0].period_ns().map_or(0, |period_ns| (now_ns - deadline_ns) / period_ns.max(MIN_PERIOD_NS));
         self.schedule(now_ns);
         if !self.reinject {
             return true;
