@@ -10,6 +10,7 @@ pub mod muldiv;
 pub mod shift;
 pub mod string;
 pub mod system;
+pub mod xsave;
 
 use super::table::Row;
 
@@ -25,4 +26,5 @@ pub const ROWS: &[&[Row]] = &[
     string::ROWS,
     far::ROWS,
     system::ROWS,
+    xsave::ROWS,
 ];
