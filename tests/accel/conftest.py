@@ -22,6 +22,11 @@ class Lab:
     name: str
     accel: Accel
 
+    @property
+    def emulated_kvm(self) -> bool:
+        """A KVM that emulates ring 0 by its own instruction emulator, which knows part of the instruction set."""
+        return self.name == "kvm" and probe_kvm().state is KvmState.EMULATED
+
     def machine(self, source: str, **options: Any) -> Machine:
         """A machine loaded with a program; see Machine for the options."""
         return Machine(self.accel, source, **options)
@@ -50,5 +55,5 @@ def _expect_known_deviations(request: pytest.FixtureRequest) -> None:
     if marker is None or "lab" not in request.fixturenames:
         return
     tested: Lab = request.getfixturevalue("lab")
-    if tested.name == "kvm" and probe_kvm().state is KvmState.EMULATED:
+    if tested.emulated_kvm:
         request.applymarker(pytest.mark.xfail(reason=marker.args[0], strict=True))

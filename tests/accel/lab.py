@@ -92,7 +92,8 @@ def _tool(*command: str | Path) -> str:
     return done.stdout
 
 
-PortHandler = Callable[[bool, int, memoryview], None]
+# Given "in" or "out", "read" or "write"; the port or address; the data, to be read or filled.
+AccessHandler = Callable[[str, int, memoryview], None]
 
 
 class Machine:
@@ -113,8 +114,8 @@ class Machine:
         self.memory = mmap.mmap(-1, MEMORY_SIZE)
         self.host_address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.exits: list[tuple[str, int, int, bytes]] = []
-        self.ports: dict[int, PortHandler] = {}
-        self.mmio: PortHandler | None = None
+        self.ports: dict[int, AccessHandler] = {}
+        self.mmio: AccessHandler | None = None
         self._load()
         self.vm = accel.create_vm()
         self.vm.set_user_memory_region(0, 0, lower_memory_end, self.host_address)
@@ -262,16 +263,16 @@ class Machine:
 
     def _port(self, vcpu: VCPU) -> None:
         access = vcpu.exit.io
-        if handler := self.ports.get(access.port):
-            handler(access.is_write, access.port, access.data)
         kind = "out" if access.is_write else "in"
+        if handler := self.ports.get(access.port):
+            handler(kind, access.port, access.data)
         self.exits.append((kind, access.port, access.size, bytes(access.data)))
 
     def _mmio(self, vcpu: VCPU) -> None:
         access = vcpu.exit.mmio
-        if self.mmio:
-            self.mmio(access.is_write, access.address, access.data)
         kind = "write" if access.is_write else "read"
+        if self.mmio:
+            self.mmio(kind, access.address, access.data)
         self.exits.append((kind, access.address, len(access.data), bytes(access.data)))
 
 
