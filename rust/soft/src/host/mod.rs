@@ -17,6 +17,7 @@ pub mod execmem;
 pub mod fpenv;
 pub mod fpstate;
 pub mod fxsave;
+pub mod kvm;
 pub mod soft_crypto;
 pub mod thunk;
 pub mod xsave;
