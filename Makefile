@@ -42,7 +42,7 @@ bench: setup ## Interpreter speed, start to power-off, beside QEMU's TCG where t
 	@$(PY) benches/bench.py
 
 conformance: setup ## kvm-unit-tests: make conformance KUT=<folder of the built tests>
-	@$(PY) tools/conformance.py "$(KUT)"
+	@$(PY) tools/conformance.py $(KUT)
 
 clean: ## Remove what setup made here; the cache of guest material stays
 	rm -rf .venv rust/target src/ostler/_soft*.so

@@ -37,6 +37,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class _Descriptor:
     """Owner of one of KVM's file descriptors."""
 
+    # A constructor that fails before it has a descriptor still meets __del__.
+    _fd = -1
+
     def __init__(self, fd: int) -> None:
         self._fd = fd
 

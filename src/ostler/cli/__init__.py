@@ -30,10 +30,10 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except typer.TyperException as error:
         return _complain(error.format_message(), error.exit_code)
     except OstlerError as error:
-        if debug:
+        if debug and isinstance(error, GuestCrash):
+            print(error.details, file=sys.stderr)  # noqa: T201
+        elif debug:
             traceback.print_exc()
-            if isinstance(error, GuestCrash) and error.details:
-                print(error.details, file=sys.stderr)  # noqa: T201
         return _complain(str(error), error.exit_status)
     except BrokenPipeError:
         # Whoever read standard output has gone; the interpreter must not meet that again when it flushes.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ostler.cli import doctor, kernels
+from ostler.cli import doctor, kernels, run
 
 app = typer.Typer(
     name="ostler",
@@ -15,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("run")(run.command)
 app.command("doctor")(doctor.command)
 app.add_typer(kernels.app, name="kernel")
 
