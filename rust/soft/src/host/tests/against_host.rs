@@ -258,3 +258,53 @@ fn stored(
     }
     memory
 }
+
+/// Control words and tags the ABI wants: FCW, full tag word, MXCSR's control bits.
+fn host_environment() -> (u16, u16, u32) {
+    let (mut environment, mut mxcsr) = ([0_u16; 14], 0_u32);
+    // SAFETY: FNSTENV writes 28 bytes and masks exceptions, which FLDENV of the same image undoes.
+    unsafe {
+        std::arch::asm!(
+            "fnstenv [{x87}]", "fldenv [{x87}]", "stmxcsr [{sse}]",
+            x87 = in(reg) environment.as_mut_ptr(), sse = in(reg) &raw mut mxcsr,
+        );
+    }
+    (environment[0], environment[4], mxcsr & !0x3F)
+}
+
+#[test]
+fn random_bytes_in_every_mode_have_a_thunk_and_leave_the_host_as_it_was() {
+    let mut random = Random(0x0BAD_5EED_0BAD_5EED);
+    let mut cache = ThunkCache::new().expect("code memory");
+    let before = host_environment();
+    let starts: [&[u8]; 6] = [&[0x0F], &[0x66, 0x0F], &[0xF3, 0x0F], &[0xF2, 0x0F], &[0xD8], &[0x66, 0x0F, 0x3A]];
+    let mut ran = 0;
+    for _ in 0..60_000 {
+        let mut bytes = starts[random.below(6) as usize].to_vec();
+        if bytes == [0xD8] {
+            bytes[0] |= random.below(8) as u8;
+        }
+        bytes.extend(random.next().to_le_bytes());
+        let bitness = [16, 32, 64][random.below(3) as usize];
+        let ins = Decoder::with_ip(bitness, &bytes, 0, DecoderOptions::NONE).decode();
+        if !supported(ins.code()) {
+            continue;
+        }
+        let thunk = cache.get(&ins, &bytes).expect("covered");
+        // Any state, with exceptions unmasked, pending or both.
+        let mut fp = random.fp_state();
+        fp.set_control_and_status(random.next() as u16, random.next() as u16);
+        fp.set_mxcsr(random.next() as u32);
+        let mut regs = std::array::from_fn(|_| random.u64());
+        let mut scratch = Scratch::new();
+        scratch.0.chunks_mut(8).for_each(|c| c.copy_from_slice(&random.u64().to_le_bytes()));
+        let mut context = ExecContext { rflags: random.next(), ..ExecContext::default() };
+
+        let outcome = exec(&thunk, &mut regs, &mut fp, &mut scratch, &mut context);
+
+        ran += 1;
+        assert_eq!(host_environment(), before, "{outcome:?} after {bytes:02x?}");
+        assert_eq!((fp.mxcsr() >> 16, fp.fcw() & 0xE0C0), (0, 0x40), "{bytes:02x?}");
+    }
+    assert!(ran > 10_000, "only {ran} instructions ran");
+}
