@@ -20,14 +20,20 @@ pub mod alu;
 pub mod atomic;
 pub mod bind;
 pub mod block;
+pub mod cpuid;
+pub mod debug;
+pub mod event;
 pub mod exec;
+pub mod interrupt;
 pub mod io;
 pub mod mmu;
+pub mod msr;
 pub mod op;
 pub mod run;
+pub mod segment;
 pub mod state;
-pub mod stubs;
 pub mod table;
+pub mod task;
 pub mod testing;
 pub mod walk;
 
@@ -288,6 +294,8 @@ pub struct Cpu {
     pub guest_debug: u32,
     /// `kvm_guest_debug` DR0-3 and DR7 when KVM_GUESTDBG_USE_HW_BP.
     pub guest_debug_dr: [u64; 8],
+    /// Debugging state of the instruction in progress.
+    pub(crate) trace: debug::Trace,
     /// Instructions retired.
     pub retired: u64,
     /// Changes whenever a linear address may translate otherwise; part of the jump cache's key.
@@ -349,6 +357,7 @@ impl Cpu {
             wait_sipi: id != 0,
             guest_debug: 0,
             guest_debug_dr: [0; 8],
+            trace: debug::Trace::default(),
             retired: 0,
             exec_epoch: 0,
             pdptr: [0; 4],

@@ -15,7 +15,7 @@ use crate::{rows, sized};
 impl Cpu {
     /// Linear-in-segment address of the next instruction.
     #[inline(always)]
-    fn next_rip(&self, op: &Op) -> u64 {
+    pub(super) fn next_rip(&self, op: &Op) -> u64 {
         let next = self.regs[17].wrapping_add(op.end as u64);
         if self.legacy {
             next & 0xffff_ffff

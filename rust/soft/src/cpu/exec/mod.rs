@@ -2,13 +2,18 @@
 
 pub mod alu;
 pub mod bits;
+pub mod control;
 pub mod far;
 pub mod flow;
 pub mod fp;
+pub mod iret;
 pub mod mov;
 pub mod muldiv;
+pub mod segments;
 pub mod shift;
 pub mod string;
+pub mod syscall;
+pub mod sysio;
 pub mod system;
 pub mod xsave;
 
@@ -24,7 +29,12 @@ pub const ROWS: &[&[Row]] = &[
     muldiv::ROWS,
     shift::ROWS,
     string::ROWS,
+    control::ROWS,
     far::ROWS,
+    iret::ROWS,
+    segments::ROWS,
+    syscall::ROWS,
+    sysio::ROWS,
     system::ROWS,
     xsave::ROWS,
 ];

@@ -1,0 +1,123 @@
+//! SYSCALL, SYSRET, SYSENTER, SYSEXIT as Intel processors have them. SDM vol. 2; vol. 3, 5.8.7-8.
+//!
+//! The segments they load are fixed; no descriptor is read.
+
+use crate::cpu::mmu::canonical;
+use crate::cpu::op::Op;
+use crate::cpu::state::{cr0, efer, rflags, seg, CodeSize, Segment};
+use crate::cpu::table::Row;
+use crate::cpu::{Cpu, Stop, R};
+use crate::rows;
+
+/// A flat code segment.
+fn code(selector: u16, dpl: u8, l: bool) -> Segment {
+    Segment { kind: 11, db: !l, l, ..flat(selector, dpl) }
+}
+
+/// A flat data segment.
+fn flat(selector: u16, dpl: u8) -> Segment {
+    Segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        kind: 3,
+        present: true,
+        dpl,
+        db: true,
+        s: true,
+        l: false,
+        g: true,
+        avl: false,
+        unusable: false,
+    }
+}
+
+impl Cpu {
+    fn enter_flat(&mut self, cs: u16, ss: u16, dpl: u8, l: bool) {
+        self.segs[seg::CS] = code(cs, dpl, l);
+        self.segs[seg::SS] = flat(ss, dpl);
+        self.cpl = dpl;
+    }
+
+    /// SYSCALL and SYSRET exist in 64-bit mode only.
+    fn need_syscall(&mut self) -> R {
+        if self.code_size != CodeSize::B64 || self.efer & efer::SCE == 0 {
+            return Err(self.ud());
+        }
+        Ok(())
+    }
+}
+
+unsafe fn syscall(cpu: &mut Cpu, op: &Op) -> R {
+    cpu.need_syscall()?;
+    cpu.regs[1] = cpu.next_rip(op);
+    let flags = cpu.rflags() & !rflags::RF;
+    cpu.regs[11] = flags;
+    let cs = (cpu.msr.star >> 32) as u16 & 0xfffc;
+    cpu.enter_flat(cs, cs.wrapping_add(8), 0, true);
+    cpu.rip = cpu.msr.lstar;
+    cpu.trace.tf = false;
+    cpu.set_rflags(flags & !cpu.msr.sfmask & !rflags::VM);
+    cpu.update_modes();
+    Err(Stop::Branch)
+}
+
+unsafe fn sysret<const LONG: bool>(cpu: &mut Cpu, _: &Op) -> R {
+    cpu.need_syscall()?;
+    cpu.need_cpl0()?;
+    let rip = if LONG { cpu.regs[1] } else { cpu.regs[1] & 0xffff_ffff };
+    if !canonical(rip) {
+        return Err(cpu.gp(0));
+    }
+    let base = (cpu.msr.star >> 48) as u16;
+    let cs = base.wrapping_add(if LONG { 16 } else { 0 }) | 3;
+    cpu.enter_flat(cs, base.wrapping_add(8) | 3, 3, LONG);
+    cpu.rip = rip;
+    cpu.set_rflags(cpu.regs[11] & 0x003c_7fd7 | 2);
+    cpu.update_modes();
+    Err(Stop::Branch)
+}
+
+unsafe fn sysenter(cpu: &mut Cpu, _: &Op) -> R {
+    let cs = cpu.msr.sysenter_cs as u16 & 0xfffc;
+    if cpu.cr0 & cr0::PE == 0 || cs == 0 {
+        return Err(cpu.gp(0));
+    }
+    let long = cpu.lma();
+    let mask = if long { u64::MAX } else { 0xffff_ffff };
+    cpu.regs[4] = cpu.msr.sysenter_esp & mask;
+    cpu.rip = cpu.msr.sysenter_eip & mask;
+    cpu.set_rflags(cpu.rflags() & !(rflags::VM | rflags::IF | rflags::RF));
+    cpu.enter_flat(cs, cs.wrapping_add(8), 0, long);
+    cpu.update_modes();
+    Err(Stop::Branch)
+}
+
+unsafe fn sysexit<const LONG: bool>(cpu: &mut Cpu, _: &Op) -> R {
+    let base = cpu.msr.sysenter_cs as u16;
+    if base & 0xfffc == 0 || !cpu.protected() {
+        return Err(cpu.gp(0));
+    }
+    cpu.need_cpl0()?;
+    let (rip, rsp) = (cpu.regs[2], cpu.regs[1]);
+    if LONG && !(canonical(rip) && canonical(rsp)) {
+        return Err(cpu.gp(0));
+    }
+    let mask = if LONG { u64::MAX } else { 0xffff_ffff };
+    let cs = base.wrapping_add(if LONG { 32 } else { 16 });
+    cpu.enter_flat(cs | 3, cs.wrapping_add(8) | 3, 3, LONG);
+    cpu.regs[4] = rsp & mask;
+    cpu.rip = rip & mask;
+    cpu.update_modes();
+    Err(Stop::Branch)
+}
+
+/// Rows of the opcode table.
+pub const ROWS: &[Row] = rows! {
+    System "SDM vol. 2B, SYSCALL SYSRET SYSENTER SYSEXIT" {
+        Syscall => |_| Some(syscall),
+        Sysret => |_| Some(sysret::<false>), Sysretq => |_| Some(sysret::<true>),
+        Sysenter => |_| Some(sysenter),
+        Sysexit => |_| Some(sysexit::<false>), Sysexitq => |_| Some(sysexit::<true>),
+    }
+};
