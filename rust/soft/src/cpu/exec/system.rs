@@ -6,7 +6,7 @@ pub use super::segments::{bind_pop_sreg, bind_push_sreg};
 
 use super::segments::need_no_umip;
 use crate::cpu::access::Int;
-use crate::cpu::bind::{Binder, Kind, UNDEFINED};
+use crate::cpu::bind::{Binder, UNDEFINED};
 use crate::cpu::debug::shadow;
 use crate::cpu::mmu::canonical;
 use crate::cpu::op::{Handler, Op, OP16};
@@ -329,11 +329,6 @@ fn undefined(_: &mut Binder) -> Option<Handler> {
     Some(UNDEFINED)
 }
 
-/// A prefetch needs a memory operand and never faults.
-fn bind_hint(b: &mut Binder) -> Option<Handler> {
-    (b.kind(0) == Kind::Mem).then_some(nothing as Handler)
-}
-
 /// Rows of the opcode table.
 pub const ROWS: &[Row] = rows! {
     System "SDM vol. 2, system instructions" {
@@ -360,10 +355,8 @@ pub const ROWS: &[Row] = rows! {
         Wrfsbase => |b| by_width(b, write_base::<u32, { seg::FS }>, write_base::<u64, { seg::FS }>),
         Wrgsbase => |b| by_width(b, write_base::<u32, { seg::GS }>, write_base::<u64, { seg::GS }>),
     }
-    User "SDM vol. 2, CLFLUSH PREFETCHh" {
+    User "SDM vol. 2A, CLFLUSH" {
         Clflush => |_| Some(cache_line), Clflushopt => |_| Some(cache_line), Clwb => |_| Some(cache_line),
         Cldemote => |_| Some(nothing),
-        Prefetchnta => bind_hint, Prefetcht0 => bind_hint, Prefetcht1 => bind_hint, Prefetcht2 => bind_hint,
-        Prefetchw => bind_hint, Prefetchwt1 => bind_hint, Prefetch => bind_hint,
     }
 };
