@@ -119,7 +119,9 @@ impl Message {
     }
 
     fn goes_to_one(&self) -> bool {
-        self.mode == DeliveryMode::LowestPriority || self.redirection_hint
+        // A physical broadcast has no lowest priority: KVM delivers it to everybody.
+        let broadcast = !self.logical && self.destination == XAPIC_BROADCAST;
+        (self.mode == DeliveryMode::LowestPriority || self.redirection_hint) && !broadcast
     }
 }
 
@@ -227,6 +229,43 @@ pub(crate) fn send_ipi(lapics: &[Arc<LapicCell>], source: u32, ipi: &Ipi) {
             cell.accept(&ipi.message);
         }
     }
+}
+
+/// Targets of the hypercall KVM_HC_SEND_IPI.
+pub(crate) struct PvIpi {
+    /// Bit n stands for APIC ID `min` + n.
+    pub bitmap: [u64; 2],
+    /// Bits in use in each word: 64, or 32 outside 64-bit mode.
+    pub bits_per_word: u32,
+    pub min: u32,
+}
+
+impl PvIpi {
+    fn names(&self, id: u32) -> bool {
+        let Some(offset) = id.checked_sub(self.min) else {
+            return false;
+        };
+        let bits = self.bits_per_word.clamp(1, 64);
+        let word = self.bitmap.get((offset / bits) as usize);
+        word.is_some_and(|word| word & 1 << (offset % bits) != 0)
+    }
+}
+
+/// Sends a paravirtual IPI. Returns how many APICs were reached, or `None` for an ICR that names
+/// its destination otherwise.
+pub(crate) fn send_pv_ipi(lapics: &[Arc<LapicCell>], targets: &PvIpi, icr: u32) -> Option<u64> {
+    let ipi = Ipi::from_icr(icr, 0);
+    if ipi.message.logical || ipi.shorthand != Shorthand::None {
+        return None;
+    }
+    let mut reached = 0;
+    for cell in lapics.iter().filter(|cell| targets.names(cell.vcpu())) {
+        if cell.address().hardware_enabled {
+            cell.accept(&ipi.message);
+            reached += 1;
+        }
+    }
+    Some(reached)
 }
 
 #[cfg(test)]

@@ -40,6 +40,9 @@ pub enum IrqError {
     /// The PIT exists already, or does not exist yet.
     #[error("the PIT {0}")]
     Pit(&'static str),
+    /// KVM_HC_SEND_IPI with an ICR it does not take.
+    #[error("KVM_HC_SEND_IPI with ICR {0:#x}: logical destinations and shorthands are not possible")]
+    PvIpi(u32),
     /// A saved state that no chip can be in.
     #[error("saved state of the {chip}: {reason}")]
     InvalidState {
@@ -58,7 +61,7 @@ impl IrqError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::VcpuExists(_) => libc::EEXIST,
-            Self::VcpuIdTooLarge(_) | Self::Routing { .. } => libc::EINVAL,
+            Self::VcpuIdTooLarge(_) | Self::Routing { .. } | Self::PvIpi(_) => libc::EINVAL,
             Self::InvalidState { .. } | Self::InvalidLapicState(_) => libc::EINVAL,
             Self::Irqfd { errno, .. } => *errno,
             Self::Host { source, .. } => source.raw_os_error().unwrap_or(libc::ENOMEM),

@@ -6,7 +6,7 @@
 //! The descriptors are duplicated: a caller that closes its own without KVM_IRQFD_FLAG_DEASSIGN
 //! keeps the irqfd alive, where KVM would drop it with the last reference.
 
-use super::chip::{Shared, SOURCE_RESAMPLE, SOURCE_USER};
+use super::shared::{Shared, SOURCE_RESAMPLE, SOURCE_USER};
 use super::{lock, IrqError};
 use kvm_bindings::{kvm_irqfd, KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE};
 use std::fs;

@@ -3,8 +3,8 @@
 //!
 //! # Shape
 //! Every chip is a plain state machine in its own file, with time and delivery injected:
-//! [`lapic`], `ioapic`, `pic`, `pit`, `routing`. [`IrqChip`] (`chip`) wires one of each together
-//! for a VM; [`Lapic`] is a vCPU's handle on its local APIC. Two threads live here: `timers` sleeps
+//! [`lapic`], `ioapic`, `pic`, `pit`, `routing`; `shared` wires one of each
+//! together for a VM. [`IrqChip`] (`chip`) is the VMM's face of that; [`Lapic`] is a vCPU's handle on its local APIC. Two threads live here: `timers` sleeps
 //! until the next deadline of the PIT or a local APIC, `irqfd` waits for eventfds. Both end when
 //! the `IrqChip` is dropped.
 //!
@@ -40,6 +40,7 @@ pub mod lapic;
 mod pic;
 mod pit;
 mod routing;
+mod shared;
 mod timers;
 
 pub use chip::IrqChip;

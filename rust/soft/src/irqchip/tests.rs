@@ -286,6 +286,17 @@ fn test_msi_physical_logical_and_lowest_priority() {
 }
 
 #[test]
+fn test_pv_ipi_reaches_the_bitmap_from_its_base() {
+    let machine = Machine::new(3);
+    assert_eq!(machine.chip.send_pv_ipi([0b101, 0], 64, 1, 0x71).unwrap(), 1);
+    assert_eq!(machine.lapics[1].ack_interrupt(), Some(0x71));
+    assert_eq!(machine.chip.send_pv_ipi([0, 1], 1, 1, 0x72).unwrap(), 1);
+    assert_eq!(machine.lapics[2].ack_interrupt(), Some(0x72));
+    assert_eq!(machine.chip.send_pv_ipi([!0, !0], 64, !0, 0).unwrap(), 0);
+    assert_eq!(machine.chip.send_pv_ipi([1, 0], 64, 0, 0x4_0071).unwrap_err().errno(), libc::EINVAL);
+}
+
+#[test]
 fn test_msi_route_fires_on_rise_only() {
     let machine = Machine::new(1);
     let mut entry = kvm_irq_routing_entry { gsi: 30, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
@@ -480,4 +491,58 @@ proptest! {
             }
         }
     }
+}
+
+/// Deterministic random numbers, one stream per thread.
+struct Lcg(u64);
+
+impl Lcg {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 24
+    }
+}
+
+#[test]
+fn test_threads_interrupting_each_other_never_deadlock() {
+    let machine = Machine::new(3);
+    machine.chip.create_pit(KVM_PIT_SPEAKER_DUMMY).unwrap();
+    for pin in 0..24 {
+        machine.redirect(pin, 0x8030 + 8 * u64::from(pin));
+    }
+    let (event, resample) = (eventfd(), eventfd());
+    let request = kvm_irqfd {
+        fd: event.as_raw_fd() as u32,
+        gsi: 11,
+        flags: KVM_IRQFD_FLAG_RESAMPLE,
+        resamplefd: resample.as_raw_fd() as u32,
+        ..Default::default()
+    };
+    machine.chip.irqfd(&request).unwrap();
+    std::thread::scope(|scope| {
+        for cpu in 0..3 {
+            let (machine, event) = (&machine, &event);
+            scope.spawn(move || {
+                let mut random = Lcg(cpu as u64);
+                let lapic = &machine.lapics[cpu];
+                for _ in 0..20_000 {
+                    let value = random.next();
+                    match value % 8 {
+                        0 => write32(lapic, 0x300, 0x000c_4030 | (value >> 8) as u32 & 0xcf),
+                        1 => drop(machine.chip.set_irq((value >> 8) as u32 % 24, value & 0x80 != 0)),
+                        2 => signal(event),
+                        3 => lapic.set_tsc_deadline(machine.host.now_ns() + (value >> 40)),
+                        4 => drop(machine.chip.pio_write(0x40 + (value >> 8) as u16 % 4, &[value as u8])),
+                        5 => machine.host.set_now(machine.host.now_ns() + 100_000),
+                        _ => drop(lapic.ack_interrupt()),
+                    }
+                    write32(lapic, 0xb0, 0);
+                    if value.is_multiple_of(64) {
+                        machine.host.forget_kicks();
+                    }
+                }
+            });
+        }
+    });
+    drop(machine.chip);
 }

@@ -77,8 +77,14 @@ impl LapicState {
         }
     }
 
+    /// Bits that exist in an LVT entry, as CPUID has it.
+    pub(crate) fn lvt_bits(&self, index: usize) -> u32 {
+        let missing = if index == TIMER && !self.cpuid.tsc_deadline { LVT_TSC_DEADLINE } else { 0 };
+        LVT_BITS[index] & !missing
+    }
+
     fn write_lvt(&mut self, index: usize, value: u32) {
-        let mut entry = value & LVT_BITS[index] & !LVT_READ_ONLY;
+        let mut entry = value & self.lvt_bits(index) & !LVT_READ_ONLY;
         if !self.software_enabled() {
             entry |= LVT_MASKED;
         }
@@ -114,30 +120,30 @@ impl LapicState {
     }
 }
 
-fn lvt_index(offset: u32) -> usize {
+/// Index into the local vector table of the entry at `offset`.
+pub(crate) fn lvt_index(offset: u32) -> usize {
     (((offset - LVT_TIMER) >> 4) as usize).min(LVT_COUNT - 1)
 }
 
 impl LapicState {
     /// A load from the register page. The SDM allows aligned 32-bit loads; shorter ones within a
-    /// register are served too, as in KVM. Anything else reads as 0.
-    pub(crate) fn mmio_read(&mut self, offset: u32, data: &mut [u8], clock: &Clock) {
-        data.fill(0);
+    /// register are served too, as in KVM. Anything else reads as 0. Returns false if there is no
+    /// such register, which is an error to report.
+    #[must_use]
+    pub(crate) fn mmio_read(&self, offset: u32, data: &mut [u8], clock: &Clock) -> bool {
         if !self.hardware_enabled() || self.x2apic() {
             data.fill(0xff);
-            return;
+            return true;
         }
-        let within = (offset & 0xf) as usize;
-        let bytes = match self.read_register(offset & !0xf, clock) {
-            Some(value) => value.to_le_bytes(),
-            None => {
-                self.report_error(ESR_ILLEGAL_ADDRESS);
-                return;
-            }
+        data.fill(0);
+        let Some(value) = self.read_register(offset & !0xf, clock) else {
+            return false;
         };
-        if let Some(source) = bytes.get(within..within + data.len()) {
+        let within = (offset & 0xf) as usize;
+        if let Some(source) = value.to_le_bytes().get(within..within + data.len()) {
             data.copy_from_slice(source);
         }
+        true
     }
 
     /// A store to the register page. Only aligned 32-bit stores do anything.

@@ -42,6 +42,8 @@ pub(crate) const LVT_READ_ONLY: u32 = (1 << 12) | (1 << 14);
 /// Bits that exist in each LVT entry.
 pub(crate) const LVT_BITS: [u32; LVT_COUNT] =
     [0x0007_10ff, 0x0001_17ff, 0x0001_17ff, 0x0001_f7ff, 0x0001_f7ff, 0x0001_10ff];
+/// The timer entry's TSC-deadline mode.
+pub(crate) const LVT_TSC_DEADLINE: u32 = 1 << 18;
 pub(crate) const LVT_EXTINT: u32 = 7 << 8;
 
 pub(crate) const SVR_ENABLED: u32 = 1 << 8;

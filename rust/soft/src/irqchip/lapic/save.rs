@@ -118,10 +118,11 @@ impl LapicState {
 
     fn restore_lvt(&mut self, page: &kvm_lapic_state) {
         let forced = if self.software_enabled() { 0 } else { LVT_MASKED };
+        let bits: [u32; LVT_COUNT] = std::array::from_fn(|index| self.lvt_bits(index));
         // A software-disabled APIC has every entry masked, except that LINT0 may carry the PIC
         // as it does after reset.
         for (index, entry) in self.lvt.iter_mut().enumerate() {
-            let value = take(page, LVT_TIMER + 0x10 * index as u32) & LVT_BITS[index] & !LVT_READ_ONLY;
+            let value = take(page, LVT_TIMER + 0x10 * index as u32) & bits[index] & !LVT_READ_ONLY;
             *entry = if index == LINT0 { value } else { value | forced };
         }
     }

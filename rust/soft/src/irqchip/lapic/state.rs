@@ -61,14 +61,22 @@ pub struct PendingEvents {
     pub sipi: Option<u8>,
 }
 
+/// What the vCPU's CPUID says of its local APIC.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cpuid {
+    /// MAXPHYADDR: higher bits of IA32_APIC_BASE are reserved.
+    pub physical_bits: u8,
+    pub x2apic: bool,
+    pub tsc_deadline: bool,
+}
+
 /// Everything one local APIC remembers.
 #[derive(Clone, Debug)]
 pub(crate) struct LapicState {
     /// APIC ID at power-up, also the x2APIC ID.
     pub initial_id: u32,
     pub base: u64,
-    /// CPUID's MAXPHYADDR: higher bits of IA32_APIC_BASE are reserved.
-    pub physical_bits: u8,
+    pub cpuid: Cpuid,
     pub xapic_id: u8,
     pub tpr: u8,
     pub ldr: u32,
@@ -92,7 +100,7 @@ impl LapicState {
         let mut state = Self {
             initial_id,
             base: 0,
-            physical_bits: 46,
+            cpuid: Cpuid { physical_bits: 46, x2apic: true, tsc_deadline: true },
             xapic_id: initial_id as u8,
             tpr: 0,
             ldr: 0,

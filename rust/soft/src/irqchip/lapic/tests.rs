@@ -2,6 +2,8 @@
 
 use super::super::tests::{read32, write32, FakeHost, Machine};
 use super::regs::*;
+use super::state::LapicState;
+use super::timer::Clock;
 use super::*;
 
 /// A software-enabled APIC in xAPIC mode and the host it takes its time from.
@@ -28,7 +30,11 @@ impl Bench {
 
     fn read(&mut self, offset: u32) -> u32 {
         let mut data = [0; 4];
-        self.with(|state, clock| state.mmio_read(offset, &mut data, clock));
+        self.with(|state, clock| {
+            if !state.mmio_read(offset, &mut data, clock) {
+                state.report_error(ESR_ILLEGAL_ADDRESS);
+            }
+        });
         u32::from_le_bytes(data)
     }
 
@@ -141,10 +147,10 @@ fn test_page_access_other_than_aligned_dword_is_bounded() {
     let mut bench = Bench::new();
     bench.with(|state, clock| {
         let mut byte = [0];
-        state.mmio_read(VERSION + 2, &mut byte, clock);
+        assert!(state.mmio_read(VERSION + 2, &mut byte, clock));
         assert_eq!(byte, [5]);
         let mut wide = [1; 8];
-        state.mmio_read(VERSION, &mut wide, clock);
+        assert!(state.mmio_read(VERSION, &mut wide, clock));
         assert_eq!(wide, [0; 8]);
         state.mmio_write(TPR, &[0xff], clock);
         state.mmio_write(TPR + 4, &[0xff; 4], clock);
@@ -273,6 +279,19 @@ fn test_apic_base_transitions_follow_the_state_diagram() {
     assert_eq!(state.restore_base(x2apic), Ok(()));
     assert_eq!(state.restore_base(xapic), Ok(()));
     assert_eq!(state.restore_base(invalid), Err(Gp));
+}
+
+#[test]
+fn test_features_absent_from_cpuid_are_refused() {
+    let mut bench = Bench::new();
+    bench.state.cpuid.x2apic = false;
+    assert_eq!(bench.state.write_base(0xfee0_0c00), Err(Gp));
+    bench.state.cpuid.tsc_deadline = false;
+    bench.write(LVT_TIMER, 0x4_00ef);
+    assert_eq!(bench.read(LVT_TIMER), 0xef);
+    bench.state.cpuid.x2apic = true;
+    let mut bench = bench.into_x2apic();
+    assert_eq!(bench.wrmsr(0x832, 0x4_00ef), Err(Gp));
 }
 
 #[test]

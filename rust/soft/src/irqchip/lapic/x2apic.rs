@@ -3,6 +3,7 @@
 //!
 //! Every refused access is #GP(0): registers that do not exist, wrong direction, reserved bits.
 
+use super::registers::lvt_index;
 use super::regs::*;
 use super::state::{LapicState, Outcome};
 use super::timer::Clock;
@@ -16,13 +17,13 @@ pub const MSR_APIC_BASE: u32 = 0x1b;
 pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
 /// Bits that may be set in a 32-bit register's write; `None` for what cannot be written.
-fn writable_bits(offset: u32) -> Option<u64> {
+fn writable_bits(state: &LapicState, offset: u32) -> Option<u64> {
     let bits = match offset {
         TPR => 0xff,
         // Only 0 may be written to these two.
         EOI | ESR => 0,
         SVR => SVR_BITS,
-        LVT_TIMER..=LVT_ERROR => LVT_BITS[((offset - LVT_TIMER) >> 4) as usize],
+        LVT_TIMER..=LVT_ERROR => state.lvt_bits(lvt_index(offset)),
         TIMER_INITIAL => !0,
         TIMER_DIVIDE => 0xb,
         SELF_IPI => 0xff,
@@ -58,7 +59,7 @@ impl LapicState {
             let ipi = self.write_icr_low(value as u32);
             return Ok(Outcome { ipi, eoi: None });
         }
-        if value & !writable_bits(offset).ok_or(Gp)? != 0 {
+        if value & !writable_bits(self, offset).ok_or(Gp)? != 0 {
             return Err(Gp);
         }
         self.write_register(offset, value as u32, clock).ok_or(Gp)
@@ -81,8 +82,9 @@ impl LapicState {
 
     /// What no writer may do, the VMM included: reserved bits, EXTD without enable.
     fn check_base(&self, value: u64) -> Result<(), Gp> {
-        let physical = 1u64.checked_shl(self.physical_bits.into()).map_or(!0, |bit| bit - 1);
-        let allowed = physical & (APIC_BASE_ADDRESS | APIC_BASE_BSP | APIC_BASE_EXTD | APIC_BASE_ENABLE);
+        let physical = 1u64.checked_shl(self.cpuid.physical_bits.into()).map_or(!0, |bit| bit - 1);
+        let extd = if self.cpuid.x2apic { APIC_BASE_EXTD } else { 0 };
+        let allowed = physical & (APIC_BASE_ADDRESS | APIC_BASE_BSP | APIC_BASE_ENABLE | extd);
         let invalid = value & APIC_BASE_EXTD != 0 && value & APIC_BASE_ENABLE == 0;
         if value & !allowed != 0 || invalid {
             return Err(Gp);
