@@ -6,7 +6,7 @@ PY := .venv/bin/python
 CARGO ?= cargo
 RUST_SOURCES := $(shell find rust -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: help setup run test test-rust test-python lint fuzz bench conformance clean
+.PHONY: help setup run test test-rust test-python lint fuzz bench bars conformance clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,7 +39,11 @@ fuzz: setup ## Random instructions on the host's CPU and on the interpreter, com
 	@tools/fuzz
 
 bench: setup ## Interpreter speed, start to power-off, beside QEMU's TCG where there is one
-	@$(PY) benches/bench.py
+	@$(PY) -m benches.bench
+
+bars: setup ## Every promised figure, measured for real; takes long
+	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap
+	@$(PY) -m benches.bars $(BARS)
 
 conformance: setup ## kvm-unit-tests: make conformance KUT=<folder of the built tests>
 	@$(PY) tools/conformance.py $(KUT)
