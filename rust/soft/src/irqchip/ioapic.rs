@@ -210,8 +210,9 @@ impl IoApic {
         state
     }
 
-    /// KVM_SET_IRQCHIP. The lines' sources start anew, so each device must raise its line again
-    /// or lower it, as with KVM; pins whose saved line is up interrupt again if nothing forbids.
+    /// KVM_SET_IRQCHIP. Who holds a line up is not part of the state, as with KVM: a line that was
+    /// up stays so until a device lowers it. Pins whose line is up interrupt again if nothing
+    /// forbids.
     pub(crate) fn set_state(&mut self, state: &kvm_ioapic_state, deliver: Deliver) -> Result<(), IrqError> {
         let invalid = |reason| IrqError::InvalidState { chip: "IOAPIC", reason };
         if state.base_address != BASE {
@@ -222,7 +223,6 @@ impl IoApic {
         }
         self.select = state.ioregsel as u8;
         self.id = state.id as u8;
-        self.sources = [0; PINS];
         self.lines = 0;
         for (entry, slot) in self.redirection.iter_mut().zip(&state.redirtbl) {
             // SAFETY: both members of the union are plain integers, any bytes are valid.

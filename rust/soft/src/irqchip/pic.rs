@@ -358,8 +358,8 @@ impl Pic {
         }
     }
 
-    /// KVM_SET_IRQCHIP of the master (0) or slave (1). As with KVM, each source of a line must
-    /// raise or lower it again.
+    /// KVM_SET_IRQCHIP of the master (0) or slave (1). Who holds a line up is not part of the
+    /// state, as with KVM.
     pub(crate) fn set_state(&mut self, index: usize, state: &kvm_pic_state) -> Result<(), IrqError> {
         let index = index & 1;
         if state.priority_add > 7 || state.init_state > 3 {
@@ -384,7 +384,6 @@ impl Pic {
             elcr: state.elcr & ELCR_MASKS[index],
             elcr_mask: ELCR_MASKS[index],
         };
-        self.sources[8 * index..8 * index + 8].fill(0);
         self.follow_cascade();
         Ok(())
     }

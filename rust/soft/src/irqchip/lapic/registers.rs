@@ -57,12 +57,16 @@ impl LapicState {
             ESR => self.esr = std::mem::take(&mut self.esr_latch),
             ICR => outcome.ipi = self.write_icr_low(value),
             ICR2 if !self.x2apic() => self.icr_high = value & 0xff00_0000,
-            LVT_TIMER..=LVT_ERROR => self.write_lvt(lvt_index(offset), value),
+            LVT_TIMER..=LVT_ERROR => self.write_lvt(lvt_index(offset), value, clock),
             TIMER_INITIAL => {
+                self.run_timer(clock);
                 let mode = self.timer_mode();
                 self.timer.write_initial(value, mode, clock);
             }
-            TIMER_DIVIDE => self.timer.write_divide(value, clock),
+            TIMER_DIVIDE => {
+                self.run_timer(clock);
+                self.timer.write_divide(value, clock);
+            }
             SELF_IPI if self.x2apic() => self.self_ipi(value as u8),
             VERSION | APR | PPR | TIMER_CURRENT | ISR..=IRR_LAST => (),
             _ => return None,
@@ -83,12 +87,14 @@ impl LapicState {
         LVT_BITS[index] & !missing
     }
 
-    fn write_lvt(&mut self, index: usize, value: u32) {
+    fn write_lvt(&mut self, index: usize, value: u32, clock: &Clock) {
         let mut entry = value & self.lvt_bits(index) & !LVT_READ_ONLY;
         if !self.software_enabled() {
             entry |= LVT_MASKED;
         }
         if index == TIMER {
+            // A count that ran out before this write ran out in the old mode.
+            self.run_timer(clock);
             let old_mode = self.timer_mode();
             self.timer.change_mode(old_mode, TimerMode::from_lvt(entry));
         }

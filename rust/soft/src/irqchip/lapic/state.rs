@@ -325,7 +325,8 @@ impl LapicState {
         }
     }
 
-    /// Lets the timer act on the time.
+    /// Lets the timer act on the time. Every write to it starts with this, because the timer
+    /// thread may be late and what has expired must neither be lost nor be seen as running.
     pub(crate) fn run_timer(&mut self, clock: &Clock) {
         let mode = self.timer_mode();
         if self.timer.expire(mode, clock) {

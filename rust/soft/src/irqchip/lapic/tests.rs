@@ -238,6 +238,19 @@ fn test_mode_change_one_shot_to_periodic_keeps_count_but_zero_stays() {
 }
 
 #[test]
+fn test_timer_write_after_expiry_fires_what_the_thread_is_late_for() {
+    let mut bench = Bench::new();
+    bench.write(LVT_TIMER, 0xee);
+    bench.write(TIMER_DIVIDE, 0xb);
+    bench.host.set_now(0);
+    bench.write(TIMER_INITIAL, 1_000_000);
+    bench.host.set_now(1_000_001);
+    bench.write(LVT_TIMER, 0x2_00ed);
+    assert_eq!(bench.read(TIMER_CURRENT), 0);
+    assert_eq!(bench.state.acknowledge(), Some(0xee));
+}
+
+#[test]
 fn test_tsc_deadline_past_fires_at_once_future_arms() {
     let mut bench = Bench::new();
     bench.host.set_now(5000);

@@ -164,10 +164,13 @@ impl Timer {
     /// Lets the timer act on the time. Returns true if it expired.
     #[must_use]
     pub(crate) fn expire(&mut self, mode: TimerMode, clock: &Clock) -> bool {
-        let now_ns = clock.now_ns();
-        let Some(expiry_ns) = self.expiry_ns.filter(|&expiry_ns| expiry_ns <= now_ns) else {
+        let Some(expiry_ns) = self.expiry_ns else {
             return false;
         };
+        let now_ns = clock.now_ns();
+        if now_ns < expiry_ns {
+            return false;
+        }
         match mode {
             TimerMode::Periodic => {
                 // Ticks the guest was too slow for are merged into one; the phase stays.

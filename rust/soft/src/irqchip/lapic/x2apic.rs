@@ -127,6 +127,7 @@ impl LapicState {
     /// WRMSR of IA32_TSC_DEADLINE; a deadline that has passed interrupts before the next
     /// instruction.
     pub(crate) fn write_tsc_deadline(&mut self, value: u64, clock: &Clock) {
+        self.run_timer(clock);
         let mode = self.timer_mode();
         if self.timer.write_tsc_deadline(value, mode, clock) {
             self.raise_local(TIMER);
