@@ -1,0 +1,210 @@
+//! The loop: sequences, several initial states for each, three executions of each pair.
+
+use crate::compare;
+use crate::coverage::Coverage;
+use crate::generate::Generator;
+use crate::layout::*;
+use crate::native::Native;
+use crate::rng::Rng;
+use crate::select::Catalogue;
+use crate::sequence::Sequence;
+use crate::shrink::{self, shrink};
+use crate::subject::{self, Trace};
+use crate::values;
+use iced_x86::Code;
+
+/// Initial states per sequence.
+const VARIANTS: usize = 4;
+/// Different memory contents, chosen among by each variant.
+const FILLS: u64 = 64;
+
+/// The two executors, and a comparison's buffers.
+pub struct Comparer {
+    native: Native,
+    subject: subject::Subject,
+    native_outcome: Outcome,
+    ours: Outcome,
+    trace: Trace,
+}
+
+/// What a comparison says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Both executors agree.
+    Same,
+    /// They do not; in the interpreter's stepping or in its block mode.
+    Different {
+        /// Found when stepping.
+        stepping: bool,
+    },
+    /// The case left the path that the host may take, or does not end.
+    Skipped,
+}
+
+impl Comparer {
+    /// Both executors.
+    pub fn new() -> Result<Self, String> {
+        Ok(Self {
+            native: Native::new()?,
+            subject: subject::Subject::new()?,
+            native_outcome: Outcome::default(),
+            ours: Outcome::default(),
+            trace: Trace::default(),
+        })
+    }
+
+    /// Executes a case with this memory three times: stepping, natively, by blocks.
+    pub fn compare(&mut self, case: &Case, memory: &Memory) -> Verdict {
+        self.subject.place(case);
+        self.subject.step(case, memory, &mut self.ours, &mut self.trace);
+        if matches!(self.ours.end, End::Unsafe | End::Limit) {
+            return Verdict::Skipped;
+        }
+        self.native.run(case, memory, &mut self.native_outcome);
+        if self.differs(case) {
+            return Verdict::Different { stepping: true };
+        }
+        self.subject.run(case, memory, &mut self.ours);
+        if self.differs(case) {
+            return Verdict::Different { stepping: false };
+        }
+        Verdict::Same
+    }
+
+    fn differs(&mut self, case: &Case) -> bool {
+        if compare::same(&self.native_outcome, &self.ours) {
+            return false;
+        }
+        compare::excused(case, &self.native_outcome, &mut self.ours);
+        !compare::same(&self.native_outcome, &self.ours)
+    }
+
+    /// The differences of the last comparison.
+    pub fn differences(&self) -> String {
+        compare::differences(&self.native_outcome, &self.ours)
+    }
+}
+
+/// A mismatch, made small.
+pub struct Mismatch {
+    /// The case.
+    pub case: Case,
+    /// Disassembly, initial state and differences.
+    pub report: String,
+    /// What the mismatch is about: the last instruction that ran.
+    pub signature: String,
+}
+
+/// Figures of a campaign.
+#[derive(Default)]
+pub struct Totals {
+    /// Instructions compared.
+    pub instructions: u64,
+    /// Cases compared.
+    pub cases: u64,
+    /// Cases that could not be compared.
+    pub skipped: u64,
+}
+
+/// A campaign.
+pub struct Campaign<'a> {
+    generator: Generator<'a>,
+    comparer: Comparer,
+    fills: Vec<Memory>,
+    rng: Rng,
+    /// What was covered.
+    pub coverage: Coverage,
+    /// How much was done.
+    pub totals: Totals,
+}
+
+impl<'a> Campaign<'a> {
+    /// A campaign over a catalogue.
+    pub fn new(catalogue: &'a Catalogue, seed: u64) -> Result<Self, String> {
+        Ok(Self {
+            generator: Generator::new(catalogue, seed),
+            comparer: Comparer::new()?,
+            fills: (0..FILLS).map(Memory::filled).collect(),
+            rng: Rng::new(seed ^ 0x0f0f_f0f0),
+            coverage: Coverage::default(),
+            totals: Totals::default(),
+        })
+    }
+
+    /// One sequence with its variants; the first mismatch, if any.
+    pub fn round(&mut self) -> Option<Mismatch> {
+        let (sequence, kinds) = self.generator.sequence();
+        let rip = self.place_for(&sequence);
+        let (code, starts) = sequence.lay_out(rip);
+        let mut case = Case { code, starts, state: State::default(), fill: 0, pokes: Vec::new() };
+        let codes: Vec<Code> = case.instructions().iter().map(|instruction| instruction.code()).collect();
+        for _ in 0..VARIANTS {
+            case.state = values::initial_state(&mut self.rng, &kinds);
+            case.state.rip = rip;
+            case.fill = self.rng.below(FILLS);
+            match self.comparer.compare(&case, &self.fills[case.fill as usize]) {
+                Verdict::Same => self.count(&codes),
+                Verdict::Skipped => self.totals.skipped += 1,
+                Verdict::Different { .. } => {
+                    let subject = shrink::Subject { sequence, state: case.state, fill: case.fill };
+                    return Some(self.reduce(subject));
+                }
+            }
+        }
+        None
+    }
+
+    fn count(&mut self, codes: &[Code]) {
+        self.totals.cases += 1;
+        self.totals.instructions += self.comparer.trace.steps.len() as u64;
+        for &(index, completed) in &self.comparer.trace.steps {
+            self.coverage.note(codes[index as usize], completed);
+        }
+    }
+
+    /// Where the sequence is put: a fifth of them over a page boundary.
+    fn place_for(&mut self, sequence: &Sequence) -> u64 {
+        let size: usize = sequence.items.iter().map(|item| item.bytes.len()).sum();
+        if self.rng.percent(20) && size > 0 {
+            return CODE + 0x2000 - self.rng.below(size as u64 + 7);
+        }
+        CODE + 0x1000 + self.rng.below(0x800)
+    }
+
+    fn reduce(&mut self, subject: shrink::Subject) -> Mismatch {
+        let comparer = &mut self.comparer;
+        let mut fails = |case: &Case| {
+            let memory = case.memory();
+            matches!(comparer.compare(case, &memory), Verdict::Different { .. })
+        };
+        let case = shrink(subject, &mut fails).case();
+        let memory = case.memory();
+        let verdict = self.comparer.compare(&case, &memory);
+        let report = report(&case, verdict, &self.comparer.differences());
+        Mismatch { signature: signature(&case), report, case }
+    }
+}
+
+fn signature(case: &Case) -> String {
+    let instructions = case.instructions();
+    let names: Vec<String> = instructions.iter().rev().take(2).map(|i| format!("{:?}", i.code())).collect();
+    names.join(" after ")
+}
+
+/// A case in words.
+pub fn report(case: &Case, verdict: Verdict, differences: &str) -> String {
+    use iced_x86::{Formatter, IntelFormatter};
+    let mut formatter = IntelFormatter::new();
+    let mut listing = String::new();
+    for (instruction, &start) in case.instructions().iter().zip(&case.starts) {
+        let mut text = String::new();
+        formatter.format(instruction, &mut text);
+        let bytes: Vec<String> = case.code[start..start + instruction.len().min(case.code.len() - start)]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        listing += &format!("  {:#x}  {:<32} {text}\n", instruction.ip(), bytes.join(" "));
+    }
+    let state = compare::describe(&case.state);
+    format!("{verdict:?}\n{listing}from (memory fill {})\n{state}differences\n{differences}", case.fill)
+}
