@@ -121,13 +121,19 @@ class Processor:
             reason = run()
             if reason is ExitReason.IO:
                 is_write, port, size, count, data = exit_view.io
-                with lock:
-                    for at in range(0, size * count, size):
-                        item = data[at : at + size]
-                        if is_write:
-                            ports.write(port, size, int.from_bytes(item, "little"))
-                        else:
-                            item[:] = ports.read(port, size).to_bytes(size, "little")
+                if count != 1:
+                    self._string_io(is_write=is_write, port=port, size=size, data=data)
+                elif is_write:
+                    value = data[0] if size == 1 else int.from_bytes(data, "little")
+                    with lock:
+                        ports.write(port, size, value)
+                else:
+                    with lock:
+                        value = ports.read(port, size)
+                    if size == 1:
+                        data[0] = value
+                    else:
+                        data[:] = value.to_bytes(size, "little")
                 if console.congested:
                     console.wait()
             elif reason is ExitReason.MMIO:
@@ -139,6 +145,17 @@ class Processor:
                         data[:] = mmio.read(address, len(data)).to_bytes(len(data), "little")
             elif reason is not ExitReason.INTR:
                 self._serve_rare(reason)
+
+    def _string_io(self, *, is_write: bool, port: int, size: int, data: memoryview) -> None:
+        """INS and OUTS: several items at one port."""
+        ports = self._board.ports
+        with self._board.lock:
+            for at in range(0, len(data), size):
+                item = data[at : at + size]
+                if is_write:
+                    ports.write(port, size, int.from_bytes(item, "little"))
+                else:
+                    item[:] = ports.read(port, size).to_bytes(size, "little")
 
     def _serve_rare(self, reason: ExitReason) -> None:
         """Exits that end the run, all of them."""
