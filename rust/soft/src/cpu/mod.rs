@@ -306,6 +306,8 @@ pub struct Cpu {
     pub(crate) blocks: block::Blocks,
     /// x87, MMX, SSE and AVX state.
     pub fp: Box<crate::host::fpstate::FpState>,
+    /// Where thunks find their memory operand; taken while one runs.
+    pub(crate) scratch: Option<Box<crate::host::thunk::Scratch>>,
     pub(crate) slots: Arc<SlotMap>,
     /// What other threads see of this vCPU.
     pub shared: Arc<Shared>,
@@ -364,6 +366,7 @@ impl Cpu {
             tlb,
             blocks: block::Blocks::default(),
             fp: Box::default(),
+            scratch: None,
             slots,
             shared,
             board,

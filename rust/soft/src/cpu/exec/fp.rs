@@ -46,9 +46,20 @@ unsafe fn run(cpu: &mut Cpu, op: &Op) -> R {
     if cpu.cr0 & (cr0::EM | cr0::TS) != 0 || cpu.cr4 & cr4::OSFXSR == 0 {
         cpu.fp_available(thunk.class)?;
     }
-    let mut scratch = Scratch::new();
+    // #MF comes before anything about the operand.
+    if thunk.waits && x87_pending(&cpu.fp) {
+        return Err(cpu.math_fault());
+    }
+    // Left as it is: a thunk reads only what was put there for it.
+    let mut scratch = cpu.scratch.take().unwrap_or_default();
+    let result = with_operand(cpu, op, thunk, &mut scratch);
+    cpu.scratch = Some(scratch);
+    result
+}
+
+fn with_operand(cpu: &mut Cpu, op: &Op, thunk: &Thunk, scratch: &mut Scratch) -> R {
     let (reads, writes) = match thunk.mem {
-        MemAccess::None => return execute(cpu, op, thunk, &mut scratch).map(|_| ()),
+        MemAccess::None => return execute(cpu, op, thunk, scratch).map(|_| ()),
         MemAccess::Read(n) => (n as usize, 0),
         MemAccess::Write(n) | MemAccess::MaskedWrite(n) => (0, n as usize),
         MemAccess::ReadWrite(n) => (n as usize, n as usize),
@@ -63,20 +74,16 @@ unsafe fn run(cpu: &mut Cpu, op: &Op) -> R {
     }
     let masked = matches!(thunk.mem, MemAccess::MaskedWrite(_));
     if writes != 0 && !masked {
-        if thunk.waits && x87_pending(&cpu.fp) {
-            return Err(cpu.math_fault());
-        }
         cpu.probe_write_fast(linear, writes as u64, op.seg())?;
     }
-    if !execute(cpu, op, thunk, &mut scratch)? {
+    if !execute(cpu, op, thunk, scratch)? {
         return Ok(());
     }
     if masked {
-        return masked_store(cpu, linear, &scratch, writes, op.seg());
+        return masked_store(cpu, linear, scratch, writes, op.seg());
     }
     if writes != 0 {
-        let bytes = scratch.0;
-        cpu.wr_operand(linear, &bytes[..writes], op.seg())?;
+        cpu.wr_operand(linear, &scratch.0[..writes], op.seg())?;
     }
     Ok(())
 }
