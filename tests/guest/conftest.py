@@ -8,29 +8,34 @@ from pathlib import Path
 
 import pytest
 
-from ostler.accel.soft import load_engine
+from ostler import accel
 from ostler.errors import AccelUnavailable
 from tests.guest.harness import OSTLER, Boot, Run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here boots a guest, and a guest needs the software CPU."""
-    try:
-        load_engine()
-        built = True
-    except AccelUnavailable:
-        built = False
+    """Everything here boots a guest: on the software CPU, but for what is marked `kvm`."""
+    missing = {kvm: why_missing(kvm=kvm) for kvm in (False, True)}
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.guest)
             item.add_marker(pytest.mark.timeout(300))
-            if not built:
-                item.add_marker(pytest.mark.skip(reason="the software CPU is not built (no new enough cargo)"))
+            if reason := missing[item.get_closest_marker("kvm") is not None]:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def why_missing(*, kvm: bool) -> str | None:
+    """Say why there is no such accelerator, or None where there is."""
+    try:
+        accel.open("kvm" if kvm else "soft").close()
+    except AccelUnavailable as error:
+        return str(error)
+    return None
 
 
 @pytest.fixture
 def boot() -> Boot:
-    """`boot(arguments...)` runs a guest on the software CPU to its end, without a terminal."""
+    """`boot(arguments...)` runs a guest to its end, without a terminal; on the software CPU if nothing else is said."""
 
     def run(*arguments: str, stdin: int = subprocess.DEVNULL) -> Run:
         done = subprocess.run(
