@@ -27,6 +27,11 @@ class Lab:
         """A KVM that emulates ring 0 by its own instruction emulator, which knows part of the instruction set."""
         return self.name == "kvm" and probe_kvm().state is KvmState.EMULATED
 
+    def skip_where_emulated(self, reason: str) -> None:
+        """For what would not end there; what merely fails is marked `emulated_kvm_deviates`."""
+        if self.emulated_kvm:
+            pytest.skip(reason)
+
     def machine(self, source: str, **options: Any) -> Machine:
         """A machine loaded with a program; see Machine for the options."""
         return Machine(self.accel, source, **options)

@@ -107,6 +107,7 @@ class Machine:
         mode: str = "long",
         vcpus: int = 1,
         irqchip: bool = True,
+        pit: bool = False,
         cpu: CpuModel | None = None,
         lower_memory_end: int = MEMORY_SIZE,
     ) -> None:
@@ -121,6 +122,8 @@ class Machine:
         self.vm.set_user_memory_region(0, 0, lower_memory_end, self.host_address)
         if irqchip:
             self.vm.create_irqchip()
+        if pit:
+            self.vm.create_pit2()
         self.vcpus: list[VCPU] = [self.vm.create_vcpu(number) for number in range(vcpus)]
         for vcpu in self.vcpus:
             install(cpu or model(), vcpu, vcpus)
@@ -134,6 +137,15 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.vm.close()
+
+    def on_ask(self, *actions: Callable[[], object]) -> None:
+        """What the host does at each write to port 0x80, in turn; the last one at every further write."""
+        waiting = list(actions)
+
+        def handler(_kind: str, _port: int, _data: memoryview) -> None:
+            (waiting.pop(0) if len(waiting) > 1 else waiting[0])()
+
+        self.ports[0x80] = handler
 
     # Memory
 
@@ -183,6 +195,7 @@ class Machine:
         self.write(tss + 0x24, LAYOUT["IST1"])
         self.write(tss + 0x2C, LAYOUT["IST2"])
         self.write(tss + 0x66, 0x68, 2)  # the I/O bitmap lies beyond the limit: no port for ring 3
+        self.write(LAYOUT["RESUME"], self.label("lost"))
         for vector in range(256):
             name = f"exception_{vector}" if vector < 32 else f"interrupt_{vector}"
             self.set_gate(vector, name, dpl=3 if vector in (3, 4) else 0)
@@ -214,7 +227,7 @@ class Machine:
     def run(self, vcpu: VCPU | None = None) -> list[int]:
         """Run until `finish`, noting exits; returns the log."""
         reason = self.run_until_exit(vcpu)
-        assert reason is None, f"{reason.name} at {(vcpu or self.vcpus[0]).get_regs().rip:#x}, log {self.log}"
+        assert reason is None, f"{reason.name} at {(vcpu or self.vcpus[0]).get_regs().rip:#x}, log {self.log[:24]}"
         return self.log
 
     def run_until_exit(self, vcpu: VCPU | None = None) -> ExitReason | None:

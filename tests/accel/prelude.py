@@ -36,14 +36,14 @@ RECORD = 6  # words of an exception's record
 
 _WITH_ERROR_CODE = (8, 10, 11, 12, 13, 14, 17)
 
-_MACROS = """
+_MACROS = r"""
     .intel_syntax noprefix
 
     # Append a value to the log; from long mode, ring 0. Not for rsp-relative operands.
     .macro report value
         push    rax
         push    rcx
-        mov     rax, \\value
+        mov     rax, \value
         mov     ecx, 1
         lock xadd dword ptr ds:[LOG_COUNT], ecx
         mov     qword ptr [LOG + rcx * 8], rax
@@ -55,7 +55,7 @@ _MACROS = """
     .macro report32 value
         push    eax
         push    ecx
-        mov     eax, \\value
+        mov     eax, \value
         mov     ecx, 1
         lock xadd dword ptr ds:[LOG_COUNT], ecx
         mov     dword ptr [LOG + ecx * 8], eax
@@ -68,7 +68,7 @@ _MACROS = """
     .macro report16 value
         push    eax
         push    ecx
-        mov     eax, \\value
+        mov     eax, \value
         mov     ecx, 1
         lock xadd dword ptr ds:[LOG_COUNT], ecx
         mov     dword ptr [LOG + ecx * 8], eax
@@ -85,19 +85,19 @@ _MACROS = """
 
     # Where to go on after the next exception.
     .macro resume_at label
-        mov     qword ptr ds:[RESUME], offset \\label
+        mov     qword ptr ds:[RESUME], offset \label
     .endm
 
     .macro wrmsr64 index, value
-        mov     ecx, \\index
-        mov     rax, \\value
+        mov     ecx, \index
+        mov     rax, \value
         mov     rdx, rax
         shr     rdx, 32
         wrmsr
     .endm
 
     .macro rdmsr64 index
-        mov     ecx, \\index
+        mov     ecx, \index
         rdmsr
         shl     rdx, 32
         or      rax, rdx
@@ -107,10 +107,86 @@ _MACROS = """
     .macro enter_user label, flags=2
         push    0x23
         push    USER_STACK
-        push    \\flags
+        push    \flags
         push    0x2b
-        push    offset \\label
+        push    offset \label
         iretq
+    .endm
+
+    # Both 8259s masked, the local APIC on (spurious vector 0xff): interrupts come by the APIC alone.
+    .macro apic_only
+        mov     al, 0xff
+        out     0x21, al
+        out     0xa1, al
+        apic_write 0xf0, 0x1ff
+    .endm
+
+    .macro apic_write offset, value
+        push    rcx
+        mov     ecx, APIC
+        mov     dword ptr [rcx + \offset], \value
+        pop     rcx
+    .endm
+
+    # Reads into EAX.
+    .macro apic_read offset
+        mov     eax, APIC
+        mov     eax, [rax + \offset]
+    .endm
+
+    .macro ioapic_write index, value
+        push    rcx
+        mov     ecx, IOAPIC
+        mov     dword ptr [rcx], \index
+        mov     dword ptr [rcx + 0x10], \value
+        pop     rcx
+    .endm
+
+    # A redirection entry: the low half with vector, polarity, trigger mode and mask; to APIC 0.
+    .macro ioapic_route pin, low
+        ioapic_write (0x11 + 2 * \pin), 0
+        ioapic_write (0x10 + 2 * \pin), \low
+    .endm
+
+    # Both 8259s at vectors 0x30 and 0x38, masks as given.
+    .macro pic_init master_mask, slave_mask
+        mov     al, 0x11
+        out     0x20, al
+        out     0xa0, al
+        mov     al, 0x30
+        out     0x21, al
+        mov     al, 0x38
+        out     0xa1, al
+        mov     al, 4
+        out     0x21, al
+        mov     al, 2
+        out     0xa1, al
+        mov     al, 1
+        out     0x21, al
+        out     0xa1, al
+        mov     al, \master_mask
+        out     0x21, al
+        mov     al, \slave_mask
+        out     0xa1, al
+    .endm
+
+    # Let the host act (port 0x80), then wait for an interrupt without missing it.
+    .macro ask_and_halt
+        cli
+        out     0x80, al
+        sti
+        hlt
+        cli
+    .endm
+
+    # Interrupts on for a moment. The port access is there because a KVM that emulates looks for events
+    # at its exits only.
+    .macro open_window
+        sti
+        nop
+        out     0x82, al
+        nop
+        cli
     .endm
 
     .section .user, "awx"
@@ -119,6 +195,10 @@ _MACROS = """
 """
 
 _STUBS = """
+# Where an exception nobody expected ends.
+lost:
+    finish
+
 # On the stack: vector, error code, RIP, CS, RFLAGS, RSP, SS.
 exception_common:
     push    rax
