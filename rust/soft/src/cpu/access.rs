@@ -356,6 +356,9 @@ impl Cpu {
 
     /// Translates one page's part and fills the TLB.
     fn place(&mut self, linear: u64, size: u64, write: bool) -> R<Place> {
+        if self.trace.watching {
+            self.data_breakpoint(linear, size, write);
+        }
         let access = self.access_now(write);
         let page = self.walk(linear, access)?;
         let slots = self.slots.clone();
@@ -376,8 +379,7 @@ impl Cpu {
         let host_page = (host as usize & !0xfff) as *mut u8;
         let logged = write || slot.dirty.is_none();
         let writable = page.writable && logged && Self::store_cacheable(slot, page.gpa);
-        // With alignment checking every access takes the slow path.
-        if !self.alignment_checked() {
+        if !self.uncached() {
             self.install(linear, host_page, page.readable, writable, page.executable);
         }
         Ok(Place::Ram(host))
@@ -434,6 +436,9 @@ impl Cpu {
     /// The host page behind `linear` for a bulk read (`rep`), when it is RAM; TLB filled.
     pub fn bulk_read_ptr(&mut self, linear: u64, segment: usize) -> R<Option<*const u8>> {
         self.check_canonical(linear, 1, segment)?;
+        if self.uncached() {
+            return Ok(None);
+        }
         let (asid, entry) = (self.asid, self.entry(linear));
         if entry.r == (linear & !0xfff) | asid {
             return Ok(Some((linear as usize).wrapping_add(entry.addend) as *const u8));
@@ -447,6 +452,9 @@ impl Cpu {
     /// The host address for a bulk write of `size` bytes within `linear`'s page, recorded as stored.
     pub fn bulk_write_ptr(&mut self, linear: u64, size: u64, segment: usize) -> R<Option<*mut u8>> {
         self.check_canonical(linear, 1, segment)?;
+        if self.uncached() {
+            return Ok(None);
+        }
         let (asid, entry) = (self.asid, self.entry(linear));
         if entry.w == (linear & !0xfff) | asid {
             return Ok(Some((linear as usize).wrapping_add(entry.addend) as *mut u8));
@@ -556,7 +564,7 @@ impl Cpu {
         let host = unsafe { slot.host.add((page.gpa - slot.gpa) as usize) };
         let old = *self.entry(linear);
         let keep_write = old.w == (linear & !0xfff) | self.asid;
-        if !self.alignment_checked() {
+        if !self.uncached() {
             self.install(linear, (host as usize & !0xfff) as *mut u8, page.readable, keep_write, true);
         }
         Ok((page.gpa, Some(host)))

@@ -353,3 +353,126 @@ impl Cpu {
         Ok(byte >> (vector & 7) & 1 != 0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::fixture::{handler, sel, IST1, RSP0};
+    use crate::cpu::run::RunEnd;
+    use crate::cpu::segment::system;
+    use crate::cpu::state::{rflags, seg, DescriptorTable};
+    use crate::cpu::testing::Bench;
+    use crate::cpu::Exit;
+
+    const CODE: u64 = 0x1_0000;
+
+    fn long() -> Bench {
+        Bench::new(1 << 20).long(CODE)
+    }
+
+    #[test]
+    fn test_int3_from_user_enters_on_the_tss_stack_with_the_next_rip() {
+        let mut bench = long().user().code(&[0xcc]);
+        bench.cpu.regs[4] = 0x7ff3;
+        bench.cpu.set_rflags(rflags::IF | 0x893);
+        bench.step();
+        let frame = bench.quads(RSP0 - 40, 5);
+        let flags = rflags::IF | 0x893;
+        assert_eq!(frame, [CODE + 1, sel::USER64 as u64, flags, 0x7ff3, sel::USER_DATA as u64]);
+        assert_eq!((bench.cpu.rip, bench.cpu.cpl), (handler(3), 0));
+        assert_eq!(bench.cpu.regs[4], RSP0 - 40);
+        assert_eq!(bench.cpu.sys_flags as u64 & rflags::IF, 0);
+        let ss = bench.cpu.segs[seg::SS];
+        assert!(ss.unusable && ss.selector == 0 && ss.dpl == 0);
+    }
+
+    #[test]
+    fn test_exception_in_the_kernel_aligns_the_stack_and_keeps_ss() {
+        let mut bench = long().code(&[0x0f, 0x0b]);
+        bench.cpu.regs[4] = 0x7ff9;
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(6));
+        assert_eq!(bench.cpu.regs[4], 0x7ff0 - 40);
+        assert_eq!(bench.word(0x7ff0 - 40), CODE);
+        assert_eq!(bench.word(0x7ff0 - 24) & rflags::RF, rflags::RF);
+        assert_eq!(bench.cpu.segs[seg::SS].selector, sel::DATA);
+    }
+
+    #[test]
+    fn test_page_fault_through_ist_sets_cr2_and_error_code() {
+        // mov [0x4000_0000], al: beyond the mapped gigabyte
+        let mut bench = long().user().code(&[0x88, 0x04, 0x25, 0, 0, 0, 0x40]);
+        bench.gate(14, system::INT32, 0, 1);
+        bench.step();
+        assert_eq!(bench.cpu.cr2, 0x4000_0000);
+        assert_eq!(bench.cpu.rip, handler(14));
+        assert_eq!(bench.quads(IST1 - 48, 2), [6, CODE]);
+    }
+
+    #[test]
+    fn test_int_n_through_a_private_gate_is_gp_with_the_idt_bit() {
+        let mut bench = long().user().code(&[0xcd, 0x21]);
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(13));
+        assert_eq!(bench.quads(RSP0 - 48, 2), [0x21 * 8 + 2, CODE]);
+    }
+
+    #[test]
+    fn test_contributory_fault_in_delivery_is_a_double_fault() {
+        let mut bench = long().user().code(&[0xcd, 0x21]);
+        bench.no_gate(13);
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(8));
+        assert_eq!(bench.quads(RSP0 - 48, 2), [0, CODE]);
+    }
+
+    #[test]
+    fn test_fault_in_double_fault_delivery_shuts_down() {
+        let mut bench = long().user().code(&[0xcd, 0x21]);
+        bench.cpu.idtr = DescriptorTable { base: 0x5000, limit: 0 };
+        assert_eq!(bench.cpu.step(), Some(RunEnd::Exit(Exit::Shutdown)));
+    }
+
+    #[test]
+    fn test_external_interrupt_with_absent_gate_sets_ext() {
+        let mut bench = long();
+        bench.no_gate(0x22);
+        assert_eq!(bench.cpu.deliver_interrupt(0x22), Ok(()));
+        assert_eq!(bench.cpu.rip, handler(13));
+        assert_eq!(bench.word(bench.cpu.regs[4]), 0x22 * 8 + 3);
+    }
+
+    #[test]
+    fn test_legacy_inner_interrupt_pushes_the_outer_stack() {
+        let mut bench = Bench::new(1 << 20).protected(CODE).user().code(&[0xcd, 0x20]);
+        bench.cpu.regs[4] = 0x7000;
+        bench.step();
+        let frame = bench.words(RSP0 - 20, 5);
+        assert_eq!(frame, [CODE + 2, sel::USER32 as u64, 2, 0x7000, sel::USER_DATA as u64]);
+        assert_eq!((bench.cpu.rip, bench.cpu.cpl), (handler(0x20), 0));
+        assert_eq!(bench.cpu.segs[seg::SS].selector, sel::DATA);
+    }
+
+    #[test]
+    fn test_legacy_inner_interrupt_with_bad_stack_selector_is_ts() {
+        let mut bench = Bench::new(1 << 20).protected(CODE).user().code(&[0xcd, 0x20]);
+        bench.load(0x6008, &sel::USER_DATA.to_le_bytes());
+        // The #TS needs that stack too: #DF, and that again: shutdown.
+        assert_eq!(bench.cpu.step(), Some(RunEnd::Exit(Exit::Shutdown)));
+    }
+
+    #[test]
+    fn test_real_mode_interrupt_pushes_three_words() {
+        let mut bench = Bench::new(1 << 20);
+        bench.cpu.load_segment(seg::SS, 0).unwrap();
+        bench.cpu.segs[seg::CS].base = 0x1_0000;
+        bench.cpu.segs[seg::CS].selector = 0x1000;
+        (bench.cpu.rip, bench.cpu.regs[4]) = (0x10, 0x7000);
+        bench.cpu.sys_flags = rflags::IF as u32;
+        bench.load(0x1_0010, &[0xcd, 0x40]);
+        bench.load(0x40 * 4, &[0x34, 0x12, 0x00, 0x20]);
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.segs[seg::CS].base), (0x1234, 0x2_0000));
+        assert_eq!(bench.word(0x6ffa) & 0xffff_ffff_ffff, 0x0202_1000_0012);
+        assert_eq!(bench.cpu.sys_flags as u64 & rflags::IF, 0);
+    }
+}

@@ -1,6 +1,7 @@
 //! The software TLB: linear page -> host page, per privilege mode, tagged by address space.
 //!
-//! Three direct-mapped arrays: user, supervisor with SMAP in force, supervisor without. An entry
+//! Three direct-mapped arrays: user, supervisor with SMAP in force, supervisor without (and one that
+//! stays empty, for when every access must take the slow path). An entry
 //! has one tag each for reading, writing and execution: the linear page, with the address space
 //! number in its low 12 bits. `(address + size - 1) & !0xfff | asid` equals the tag only when the
 //! access is allowed, lies within one page and that page is RAM, so one comparison decides the
@@ -32,6 +33,9 @@ pub struct Entry {
 
 const EMPTY: Entry = Entry { r: INVALID, w: INVALID, x: INVALID, addend: 0 };
 
+/// The array that stays empty.
+const NEVER: usize = 3;
+
 /// Which array: who accesses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -46,7 +50,7 @@ pub enum Mode {
 
 /// The three arrays and the address space numbers.
 pub struct Tlb {
-    arrays: Box<[[Entry; ENTRIES]; 3]>,
+    arrays: Box<[[Entry; ENTRIES]; 4]>,
     pub(crate) mode: Mode,
     asid_of_pcid: Box<[u16; 4096]>,
     next_asid: u16,
@@ -55,7 +59,7 @@ pub struct Tlb {
 impl Default for Tlb {
     fn default() -> Self {
         Self {
-            arrays: vec![[EMPTY; ENTRIES]; 3].into_boxed_slice().try_into().ok().unwrap_or_else(|| unreachable!()),
+            arrays: vec![[EMPTY; ENTRIES]; 4].into_boxed_slice().try_into().ok().unwrap_or_else(|| unreachable!()),
             mode: Mode::Super,
             asid_of_pcid: Box::new([0; 4096]),
             next_asid: 1,
@@ -122,7 +126,14 @@ impl Cpu {
 
     pub(crate) fn use_mode(&mut self, mode: Mode) {
         self.tlb.mode = mode;
-        self.tlb_now = self.tlb.array(mode as usize);
+        let array = if self.uncached() { NEVER } else { mode as usize };
+        self.tlb_now = self.tlb.array(array);
+    }
+
+    /// Every access takes the slow path and fills nothing: alignment checks, data breakpoints.
+    #[inline]
+    pub(crate) fn uncached(&self) -> bool {
+        self.trace.watching || self.alignment_checked()
     }
 
     /// Runs `body` with the rights of implicit supervisor accesses (descriptor tables, TSS).

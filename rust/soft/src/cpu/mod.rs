@@ -24,6 +24,8 @@ pub mod cpuid;
 pub mod debug;
 pub mod event;
 pub mod exec;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod interrupt;
 pub mod io;
 pub mod mmu;

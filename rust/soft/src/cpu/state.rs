@@ -208,7 +208,7 @@ impl Cpu {
         if changed & now & rflags::IF != 0 && self.board.has_interrupt() {
             self.shared.attention.fetch_or(attention::IRQ, Relaxed);
         }
-        if now & rflags::TF != 0 {
+        if now & (rflags::TF | rflags::RF) != 0 {
             self.shared.attention.fetch_or(attention::SINGLE, Relaxed);
         }
         if changed & rflags::AC != 0 {
@@ -294,5 +294,6 @@ impl Cpu {
         self.halted = false;
         self.flush_all();
         self.update_modes();
+        self.breakpoints_changed();
     }
 }

@@ -257,9 +257,9 @@ impl Cpu {
         Access { write, exec: false, user: self.tlb.mode == Mode::User, smap: self.tlb.mode == Mode::Smap }
     }
 
-    /// Whether alignment checking is on (CR0.AM, RFLAGS.AC, CPL 3).
+    /// Whether alignment checking is on (CR0.AM, RFLAGS.AC, an access of CPL 3's own).
     #[inline]
     pub fn alignment_checked(&self) -> bool {
-        self.cpl == 3 && self.cr0 & cr0::AM != 0 && self.sys_flags as u64 & rflags::AC != 0
+        self.tlb.mode == super::mmu::Mode::User && self.cr0 & cr0::AM != 0 && self.sys_flags as u64 & rflags::AC != 0
     }
 }

@@ -9,10 +9,9 @@ use crate::cpu::debug::{dr6, dr7};
 use crate::cpu::op::{Handler, Op};
 use crate::cpu::state::{cr0, cr4, efer, seg, CodeSize};
 use crate::cpu::table::Row;
-use crate::cpu::{attention, Cpu, Stop, R};
+use crate::cpu::{Cpu, Stop, R};
 use crate::rows;
 use iced_x86::Register;
-use std::sync::atomic::Ordering::Relaxed;
 
 /// CR0 bits that exist.
 const CR0_KNOWN: u64 =
@@ -263,15 +262,6 @@ unsafe fn smsw<const WIDTH: usize>(cpu: &mut Cpu, op: &Op) -> R {
         _ => cpu.set_reg(op.dst, cpu.cr0),
     }
     Ok(())
-}
-
-impl Cpu {
-    /// DR7, DR0-3 or the guest-debug settings changed.
-    pub fn breakpoints_changed(&mut self) {
-        if self.breakpoints_armed() {
-            self.shared.attention.fetch_or(attention::SINGLE, Relaxed);
-        }
-    }
 }
 
 /// Rows of the opcode table.

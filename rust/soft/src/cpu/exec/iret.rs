@@ -12,7 +12,7 @@ use crate::cpu::op::{Handler, Op};
 use crate::cpu::segment::vm86_segment;
 use crate::cpu::state::{cr4, rflags, seg};
 use crate::cpu::table::Row;
-use crate::cpu::{vector, Cpu, Exit, Stop, R};
+use crate::cpu::{vector, Cpu, Stop, R};
 use crate::rows;
 
 const ARITHMETIC: u64 = rflags::CF | rflags::PF | rflags::AF | rflags::ZF | rflags::SF | rflags::OF;
@@ -44,17 +44,18 @@ impl Cpu {
     }
 
     fn merge_flags(&mut self, image: u64, mask: u64) {
+        self.trace.loaded_rf = true;
         let merged = self.rflags() & !mask | image & mask;
         self.set_rflags(merged);
     }
 
     /// IRET of `width` bytes.
-    fn iret(&mut self, width: u64) -> R {
+    fn iret(&mut self, width: u64, next: u64) -> R {
         // NMIs are unblocked even when IRET faults. SDM vol. 3, 6.7.1.
         self.nmi_blocked = false;
         let protected = self.protected();
         if protected && self.sys_flags as u64 & rflags::NT != 0 {
-            return if self.lma() { Err(self.gp(0)) } else { self.task_return() };
+            return if self.lma() { Err(self.gp(0)) } else { self.task_return(next) };
         }
         let mut stack = self.stack_now(!self.legacy, 0);
         let frame = Frame {
@@ -147,6 +148,7 @@ impl Cpu {
         self.regs[4] = sp;
         self.rip = frame.offset;
         self.cpl = 3;
+        self.trace.loaded_rf = true;
         self.set_rflags(frame.flags);
         self.update_modes();
         Err(Stop::Branch)
@@ -169,8 +171,8 @@ impl Cpu {
     }
 }
 
-unsafe fn iret<const WIDTH: u64>(cpu: &mut Cpu, _: &Op) -> R {
-    cpu.iret(WIDTH)
+unsafe fn iret<const WIDTH: u64>(cpu: &mut Cpu, op: &Op) -> R {
+    cpu.iret(WIDTH, cpu.next_rip(op))
 }
 
 unsafe fn int_n(cpu: &mut Cpu, op: &Op) -> R {
@@ -180,8 +182,7 @@ unsafe fn int_n(cpu: &mut Cpu, op: &Op) -> R {
 unsafe fn int3(cpu: &mut Cpu, op: &Op) -> R {
     if cpu.guest_debug & guest_debug::USE_SW_BP != 0 {
         let pc = cpu.next_rip(op).wrapping_sub(op.len as u64).wrapping_add(cpu.seg_base[seg::CS]);
-        cpu.exit = Some(Exit::Debug { exception: vector::BP, pc, dr6: cpu.dr[6], dr7: cpu.dr[7] });
-        return Err(Stop::Exit);
+        return Err(cpu.debug_exit(vector::BP, pc, 0));
     }
     cpu.software_interrupt(op, vector::BP, Source::Trap)
 }
@@ -220,3 +221,134 @@ pub const ROWS: &[Row] = rows! {
         Bound => bind_bound,
     }
 };
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::fixture::{handler, sel, RSP0};
+    use crate::cpu::state::{cr4, rflags, seg, CodeSize};
+    use crate::cpu::testing::Bench;
+
+    const CODE: u64 = 0x1_0000;
+    const IRETQ: &[u8] = &[0x48, 0xcf];
+
+    fn with_frame(frame: [u64; 5]) -> Bench {
+        let mut bench = Bench::new(1 << 20).long(CODE).code(IRETQ);
+        bench.cpu.regs[4] = 0x7f00;
+        for (index, value) in frame.into_iter().enumerate() {
+            bench.load(0x7f00 + 8 * index as u64, &value.to_le_bytes());
+        }
+        bench
+    }
+
+    #[test]
+    fn test_iretq_to_user_loads_everything_and_drops_inner_segments() {
+        let flags = rflags::IF | rflags::AC | 0x8d7;
+        let mut bench = with_frame([0x2_0000, sel::USER64 as u64, flags, 0x6ff8, sel::USER_DATA as u64]);
+        bench.cpu.nmi_blocked = true;
+        let epoch = bench.cpu.exec_epoch;
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.cpl, bench.cpu.regs[4]), (0x2_0000, 3, 0x6ff8));
+        assert_eq!(bench.cpu.rflags(), flags);
+        assert!(bench.cpu.segs[seg::DS].unusable);
+        assert!(!bench.cpu.nmi_blocked);
+        assert_eq!(bench.cpu.exec_epoch, epoch);
+    }
+
+    #[test]
+    fn test_iretq_within_the_kernel_takes_a_null_stack_segment() {
+        let mut bench = with_frame([0x2_0000, sel::CODE64 as u64, 2, 0x6000, 0]);
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.cpl, bench.cpu.regs[4]), (0x2_0000, 0, 0x6000));
+        assert!(bench.cpu.segs[seg::SS].unusable);
+    }
+
+    #[test]
+    fn test_iretq_to_compatibility_mode_decodes_32_bit_code() {
+        let mut bench = with_frame([0x2_0000, sel::USER32 as u64, 2, 0x6000, sel::USER_DATA as u64]);
+        bench.step();
+        assert_eq!(bench.cpu.code_size, CodeSize::B32);
+    }
+
+    #[test]
+    fn test_iretq_to_non_canonical_rip_is_gp_in_the_kernel() {
+        let mut bench = with_frame([1 << 47, sel::USER64 as u64, 2, 0x6ff8, sel::USER_DATA as u64]);
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.cpl), (handler(13), 0));
+        assert_eq!(bench.word(bench.cpu.regs[4]), 0);
+        assert_eq!(bench.word(bench.cpu.regs[4] + 8), CODE);
+    }
+
+    #[test]
+    fn test_iretq_null_stack_for_user_is_gp() {
+        let mut bench = with_frame([0x2_0000, sel::USER64 as u64, 2, 0x6ff8, 3]);
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(13));
+    }
+
+    #[test]
+    fn test_iret_at_user_level_keeps_iopl_and_if() {
+        let mut bench = with_frame([0x2_0000, sel::USER64 as u64, 0x3202, 0x6ff8, sel::USER_DATA as u64]).user();
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.rflags()), (0x2_0000, 2));
+    }
+
+    #[test]
+    fn test_iretd_to_virtual_8086_mode_and_back_by_an_exception() {
+        let mut bench = Bench::new(1 << 20).protected(CODE).code(&[0xcf]);
+        let frame = [0x10u32, 0x2000, 0x2_3202, 0x8000, 0x3000, 1, 2, 3, 4];
+        bench.cpu.regs[4] = 0x7f00;
+        for (index, value) in frame.into_iter().enumerate() {
+            bench.load(0x7f00 + 4 * index as u64, &value.to_le_bytes());
+        }
+        bench.load(0x2_0010, &[0x0f, 0x0b]);
+        bench.step();
+        assert!(bench.cpu.vm86());
+        assert_eq!((bench.cpu.cpl, bench.cpu.segs[seg::CS].base, bench.cpu.rip), (3, 0x2_0000, 0x10));
+        assert_eq!(bench.cpu.segs[seg::GS].base, 0x40);
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.cpl), (handler(6), 0));
+        let saved = bench.words(RSP0 - 36, 9);
+        assert_eq!(saved, [0x10, 0x2000, 0x3_3202, 0x8000, 0x3000, 1, 2, 3, 4]);
+        assert!(bench.cpu.segs[seg::DS].unusable);
+    }
+
+    #[test]
+    fn test_int_in_virtual_8086_mode_follows_iopl_and_the_redirection_bitmap() {
+        let start = |iopl: u64, vme: bool| {
+            let mut bench = Bench::new(1 << 20).protected(CODE).user();
+            bench.cpu.set_rflags(rflags::VM | iopl << 12);
+            for index in 0..6 {
+                bench.cpu.load_segment(index, 0x1000).unwrap();
+            }
+            bench.cpu.segs[seg::CS] = crate::cpu::segment::vm86_segment(0x1000);
+            bench.cpu.update_modes();
+            (bench.cpu.rip, bench.cpu.regs[4]) = (0, 0x8000);
+            bench.cpu.cr4 |= if vme { cr4::VME } else { 0 };
+            bench.load(CODE, &[0xcd, 0x20]);
+            bench.load(0x20 * 4, &[0x78, 0x56, 0x00, 0x30]);
+            bench
+        };
+        let mut bench = start(0, false);
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(13));
+        let mut bench = start(3, false);
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(0x20));
+        let mut bench = start(0, true);
+        // The redirection bitmap is the 32 bytes before the I/O bitmap: move that up and clear them.
+        bench.load(0x6066, &0x88u16.to_le_bytes());
+        bench.load(0x6068, &[0; 32]);
+        bench.step();
+        assert!(bench.cpu.vm86());
+        assert_eq!((bench.cpu.rip, bench.cpu.segs[seg::CS].base), (0x5678, 0x3_0000));
+    }
+
+    #[test]
+    fn test_bound_outside_is_br() {
+        let mut bench = Bench::new(1 << 20).protected(CODE).code(&[0x62, 0x05, 0, 0, 2, 0]);
+        bench.load(0x2_0000, &[0xff, 0xff, 0xff, 0xff, 5, 0, 0, 0]);
+        bench.cpu.regs[0] = 6;
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(5));
+    }
+}
