@@ -7,14 +7,21 @@
 //!
 //! Nothing here knows of Python; `rust/soft-py` is the shell that does.
 
+mod board;
+pub mod clock;
 pub mod cpu;
 pub mod host;
+mod ioctl;
+mod ioeventfd;
 pub mod irqchip;
 pub mod mem;
+mod peers;
+mod runpage;
 pub mod system;
 pub mod vcpu;
 pub mod vm;
 
+pub use ioctl::requests;
 pub use system::System;
 pub use vcpu::Vcpu;
 pub use vm::Vm;

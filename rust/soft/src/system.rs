@@ -1,24 +1,45 @@
 //! What `/dev/kvm` answers.
 
+use crate::clock::host_tsc_khz;
+use crate::ioctl::requests::*;
+use crate::ioctl::{caps, cpuid, int, msrs, Answer};
+use crate::vcpu::RUN_PAGE_BYTES;
 use crate::vm::Vm;
+use kvm_bindings::KVM_API_VERSION;
 
 /// Plays `/dev/kvm`.
-#[derive(Default)]
-pub struct System {}
+pub struct System {
+    host_khz: u32,
+}
+
+impl Default for System {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 impl System {
     /// Looks at the host.
     pub fn new() -> Self {
-        Self::default()
+        Self { host_khz: host_tsc_khz() }
     }
 
     /// One request; `arg` holds its structure and is updated in place. Errors are errno values.
-    pub fn ioctl(&self, _request: u32, _arg: &mut [u8]) -> Result<i64, i32> {
-        Err(libc::EINVAL)
+    pub fn ioctl(&self, request: u32, arg: &mut [u8]) -> Answer {
+        match request {
+            KVM_GET_API_VERSION => Ok(KVM_API_VERSION as i64),
+            KVM_CHECK_EXTENSION => Ok(caps::check(int(arg)?)),
+            KVM_GET_VCPU_MMAP_SIZE => Ok(RUN_PAGE_BYTES as i64),
+            KVM_GET_SUPPORTED_CPUID => cpuid::supported(arg, self.host_khz),
+            KVM_GET_MSR_INDEX_LIST => msrs::list(arg, &msrs::SAVED),
+            KVM_GET_MSR_FEATURE_INDEX_LIST => msrs::list(arg, &msrs::FEATURES),
+            KVM_GET_MSRS => msrs::get_features(arg),
+            _ => Err(libc::EINVAL),
+        }
     }
 
     /// KVM_CREATE_VM.
     pub fn create_vm(&self) -> Vm {
-        Vm {}
+        Vm::new(self.host_khz)
     }
 }

@@ -8,6 +8,8 @@
 //! this is how self- and cross-modifying code is noticed without any lock (engine brief, pitfalls
 //! 4 and 5: by physical address, at 128-byte grain).
 
+mod copy;
+
 use std::sync::atomic::{AtomicU64, Ordering::*};
 use std::sync::Arc;
 
