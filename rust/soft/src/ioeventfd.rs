@@ -28,14 +28,12 @@ impl IoEvent {
     fn matches(&self, pio: bool, address: u64, size: u8, value: u64) -> bool {
         self.pio == pio
             && self.address == address
-            && (self.length == 0
-                || self.length == size as u32 && self.datamatch.is_none_or(|wanted| wanted == value))
+            && (self.length == 0 || self.length == size as u32 && self.datamatch.is_none_or(|wanted| wanted == value))
     }
 
     /// Both would take some write.
     fn collides(&self, other: &Self) -> bool {
-        let same_data =
-            self.datamatch.is_none() || other.datamatch.is_none() || self.datamatch == other.datamatch;
+        let same_data = self.datamatch.is_none() || other.datamatch.is_none() || self.datamatch == other.datamatch;
         self.pio == other.pio
             && self.address == other.address
             && (self.length == 0 || other.length == 0 || self.length == other.length && same_data)

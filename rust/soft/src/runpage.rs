@@ -37,8 +37,6 @@ impl Drop for RunPage {
     }
 }
 
-
-
 impl RunPage {
     /// Zeroed pages; `None` when the host has none.
     pub fn new() -> Option<Self> {

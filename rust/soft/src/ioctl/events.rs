@@ -56,7 +56,11 @@ pub(crate) fn set_events(cpu: &mut Cpu, local: &Local, arg: &[u8]) -> Answer {
     cpu.pending.exception = pending.then(|| Fault {
         vector: exception.nr,
         error: (exception.has_error_code != 0).then_some(exception.error_code),
-        payload: if events.exception_has_payload != 0 { events.exception_payload } else { implied_payload(cpu, exception.nr) },
+        payload: if events.exception_has_payload != 0 {
+            events.exception_payload
+        } else {
+            implied_payload(cpu, exception.nr)
+        },
     });
     let interrupt = &events.interrupt;
     cpu.pending.interrupt = (interrupt.injected != 0).then_some((interrupt.nr, interrupt.soft != 0));

@@ -200,9 +200,7 @@ fn valid(cpu: &Cpu, s: &kvm_sregs2) -> bool {
     } else {
         s.efer & efer::LMA == 0 && s.cs.l == 0
     };
-    let cr0 = s.cr0 >> 32 == 0
-        && (s.cr0 & cr0::NW == 0 || s.cr0 & cr0::CD != 0)
-        && (!paging || s.cr0 & cr0::PE != 0);
+    let cr0 = s.cr0 >> 32 == 0 && (s.cr0 & cr0::NW == 0 || s.cr0 & cr0::CD != 0) && (!paging || s.cr0 & cr0::PE != 0);
     modes && cr0 && s.cr4 & !CR4_VALID == 0 && s.efer & !EFER_VALID == 0 && s.cr8 < 16
 }
 
@@ -235,4 +233,3 @@ pub(crate) fn looks_reset(cpu: &Cpu) -> bool {
     let cs = &cpu.segs[seg::CS];
     cpu.rip == 0xfff0 && cs.selector == 0xf000 && cs.base == 0xffff_0000 && cpu.cr0 & cr0::PE == 0
 }
-
