@@ -22,7 +22,8 @@ run: ## Boot a Debian kernel: a shell with a terminal, else a report and power-o
 test: setup test-rust test-python ## Set up, then run every test: the engine's, the package's, real guests
 
 test-rust: setup
-	@tools/cargo test --manifest-path rust/Cargo.toml --package ostler-soft --quiet
+	@tools/cargo test --manifest-path rust/Cargo.toml --workspace --exclude ostler-soft-py --quiet
+	@tools/fuzz --instructions 2_000_000
 
 test-python: setup
 	@$(PY) -m pytest
@@ -36,7 +37,8 @@ lint: setup ## ruff, mypy, import-linter, rustfmt, clippy
 	@tools/cargo clippy --manifest-path rust/Cargo.toml --workspace --all-targets --quiet -- -D warnings
 
 fuzz: setup ## Random instructions on the host's CPU and on the interpreter, compared
-	@tools/fuzz
+	@tools/fuzz --require-coverage $(FUZZ)
+	@tools/fuzz --mode robust
 
 bench: setup ## Interpreter speed, start to power-off, beside QEMU's TCG where there is one
 	@$(PY) -m benches.bench

@@ -30,7 +30,7 @@ def load_engine() -> Engine:
             raise
         raise AccelUnavailable(
             "the software CPU is not built: this installation has no ostler._soft"
-            " (building it takes cargo 1.88 or newer)"
+            " (building it takes a newer cargo: see README)"
         ) from error
     except ImportError as error:
         raise AccelUnavailable(f"the software CPU does not load: {error}") from error
