@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,8 +13,6 @@ import pytest
 
 import ostler_build
 import ostler_version
-
-TOOLS = ostler_build.ROOT / "tools"
 
 
 def put_tool(folder: Path, name: str, version: str) -> None:
@@ -69,11 +68,11 @@ def test_wish_overrules_the_look_at_cargo(
     assert bool(ostler_build.why_no_engine()) == left_out
 
 
-def build(what: str, into: Path) -> tuple[str, str]:
+def build(what: str, into: Path, tree: Path = ostler_build.ROOT) -> tuple[str, str]:
     """Let the backend build as pip does, without a cargo; return the file's name and what was said."""
     done = subprocess.run(
         [sys.executable, "-c", f"import sys, ostler_build; print(ostler_build.{what}(sys.argv[1]))", into],
-        env={"PATH": "/nonexistent", "PYTHONPATH": str(TOOLS)}, cwd=ostler_build.ROOT,
+        env={"PATH": "/nonexistent", "PYTHONPATH": str(tree / "tools")}, cwd=tree,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return done.stdout.split()[-1], done.stderr
@@ -97,3 +96,22 @@ def test_sdist_brings_what_a_build_with_cargo_needs(tmp_path: Path) -> None:
         members = {member.partition("/")[2] for member in archive.getnames()}
     assert {"rust/Cargo.toml", "rust/Cargo.lock", "rust/soft-py/Cargo.toml", "tools/ostler_build.py"} <= members
     assert not [member for member in members if member.startswith((".venv/", "rust/target/"))]
+
+
+def test_editable_without_cargo_points_to_the_tree_and_drops_a_stale_engine(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for name in ("pyproject.toml", "README.md", "LICENSE", "rust/Cargo.toml"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ostler_build.ROOT / name, tree / name)
+    shutil.copytree(ostler_build.ROOT / "tools", tree / "tools")
+    (tree / "src/ostler").mkdir(parents=True)
+    (tree / "src/ostler/__init__.py").touch()
+    (tree / "src/ostler/_soft.abi3.so").touch()
+
+    name, said = build("build_editable", tmp_path, tree)
+
+    assert "without the software CPU" in said
+    assert not (tree / "src/ostler/_soft.abi3.so").exists()
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        paths = [wheel.read(member).decode().strip() for member in wheel.namelist() if member.endswith(".pth")]
+    assert paths == [str(tree / "src")]
