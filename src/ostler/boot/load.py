@@ -17,15 +17,14 @@ from ostler.boot.elf import ELF_MAGIC, elf64_kernel, parse_elf, pvh_kernel
 from ostler.boot.entry import EntryState
 from ostler.boot.kernel import MAX_KERNEL_BYTES, Kernel, Protocol
 from ostler.boot.linux64 import enter_linux64
+from ostler.boot.lowmem import reserved_ranges
 from ostler.boot.multiboot import enter_multiboot, find_header, multiboot_kernel
 from ostler.boot.pvh import enter_pvh
 from ostler.errors import BadRequest, KernelError
 from ostler.memory import GuestMemory
-from ostler.memory.layout import HIGH_MEMORY_START, LOW_RAM_LIMIT, PAGE_SIZE
+from ostler.memory.layout import LOW_RAM_LIMIT, PAGE_SIZE
 
 MIB = 1 << 20
-# Boot structures and the PC's own areas; nothing may be loaded over them.
-FIRST_LOADABLE = HIGH_MEMORY_START
 
 
 def read_file(path: Path, what: str, *, max_bytes: int) -> bytes:
@@ -110,13 +109,19 @@ def load_guest(
 
 
 def _place_segments(memory: GuestMemory, kernel: Kernel) -> None:
+    reserved = reserved_ranges(long_mode=kernel.protocol in (Protocol.LINUX64, Protocol.ELF64))
     for segment in kernel.segments:
-        in_memory = segment.gpa >= FIRST_LOADABLE and memory.contains(segment.gpa, segment.size_bytes)
-        if not in_memory or segment.end > LOW_RAM_LIMIT:
+        if not memory.contains(segment.gpa, segment.size_bytes) or segment.end > LOW_RAM_LIMIT:
             raise KernelError(
                 f"{kernel.name}: needs memory from {segment.gpa:#x} to {segment.end:#x}: "
-                f"the guest has {memory.size_bytes / MIB:.0f} MiB, usable from {FIRST_LOADABLE:#x}"
+                f"the guest has {memory.size_bytes / MIB:.0f} MiB"
             )
+        for start, end in reserved:
+            if segment.gpa < end and start < segment.end:
+                raise KernelError(
+                    f"{kernel.name}: needs memory from {segment.gpa:#x} to {segment.end:#x}: "
+                    f"{start:#x} to {end:#x} is taken at boot"
+                )
     for segment in kernel.segments:
         memory.write(segment.gpa, segment.data)
         # What follows is zero already: guest memory is fresh. Tell the accelerator all the same.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ostler.errors import BadRequest
 from ostler.memory import Gpa, GuestMemory
-from ostler.memory.layout import ACPI_LIMIT, ACPI_START, EBDA_START, HIGH_MEMORY_START
+from ostler.memory.layout import ACPI_LIMIT, ACPI_START, EBDA_START, HIGH_MEMORY_START, PAGE_SIZE
 
 GDT_BASE = Gpa(0x500)
 INFO_BASE = Gpa(0x6000)
@@ -50,6 +50,17 @@ def memory_map(memory: GuestMemory) -> list[MapEntry]:
         if region.end > start:
             entries.append(MapEntry(Gpa(start), region.end - start, E820_RAM))
     return entries
+
+
+def reserved_ranges(*, long_mode: bool) -> list[tuple[int, int]]:
+    """Where no segment may go: boot structures, which the guest still needs, and the PC's own areas."""
+    structures_end = PAGE_TABLES + 6 * PAGE_SIZE if long_mode else ZERO_PAGE
+    return [
+        (0, GDT_BASE + PAGE_SIZE - GDT_BASE % PAGE_SIZE),
+        (INFO_BASE, structures_end),
+        (CMDLINE_BASE, CMDLINE_BASE + CMDLINE_MAX),
+        (EBDA_START, ACPI_LIMIT),
+    ]
 
 
 def write_gdt(memory: GuestMemory, *, long_mode: bool) -> int:

@@ -145,6 +145,19 @@ def test_kernel_above_memory_is_refused() -> None:
         load_guest(memory, parse(kernels.elf64(load=0x100_0000)))
 
 
+@pytest.mark.parametrize("load", [0x0, 0x6800, 0x7000, 0x2_F000, 0x9_F000, 0xE_0000])
+def test_kernel_over_boot_structures_is_refused(load: int) -> None:
+    with GuestMemory.of_size(16 * MIB) as memory, pytest.raises(BadRequest, match="is taken at boot"):
+        load_guest(memory, parse(kernels.elf64(load=load, memory_size=0x2000)))
+
+
+def test_multiboot_program_in_low_memory_is_loaded() -> None:
+    image = kernels.elf32(kernels.multiboot_header() + b"\xf4" * 0x2000, load=0x8000)
+    with GuestMemory.of_size(16 * MIB) as memory:
+        assert load_guest(memory, parse(image)).rip == 0x8000
+        assert memory.read(0x800C, 4) == b"\xf4" * 4
+
+
 def test_initrd_larger_than_memory_is_refused() -> None:
     with GuestMemory.of_size(16 * MIB) as memory, pytest.raises(BadRequest, match="initrd of 16777216 bytes"):
         load_guest(memory, parse(PVH_ELF), initrd=bytes(16 * MIB))
