@@ -4,6 +4,7 @@
 //! [`Board`]) and the requests of user space.
 
 use crate::clock::host_tsc;
+use crate::cpu::state::CpuidTable;
 use crate::cpu::{attention, Board, Gp};
 use crate::ioctl::msrs::msr;
 use crate::irqchip::lapic::PendingEvents;
@@ -18,6 +19,9 @@ const APIC_BASE: u64 = 0xfee0_0800;
 const APIC_BASE_BSP: u64 = 1 << 8;
 /// The x2APIC registers' MSRs; beyond 0x83f they are reserved and fault.
 const X2APIC: std::ops::Range<u32> = 0x800..0x900;
+/// Bits of CPUID leaf 1's ECX.
+const CPUID_X2APIC: u32 = 1 << 21;
+const CPUID_TSC_DEADLINE: u32 = 1 << 24;
 /// kvmclock MSRs: bit 0 switches it on.
 const CLOCK_ON: u64 = 1;
 
@@ -74,6 +78,14 @@ impl Local {
     /// The in-engine local APIC.
     pub fn lapic(&self) -> Option<&Lapic> {
         self.lapic.as_deref()
+    }
+
+    /// KVM_SET_CPUID2: what the model says of the local APIC.
+    pub fn follow_cpuid(&self, physical_bits: u8, cpuid: &CpuidTable) {
+        let Some(lapic) = self.lapic() else { return };
+        let ecx = cpuid.entries.iter().find(|entry| entry.function == 1).map_or(0, |entry| entry.ecx);
+        lapic.set_physical_bits(physical_bits);
+        lapic.set_features(ecx & CPUID_X2APIC != 0, ecx & CPUID_TSC_DEADLINE != 0);
     }
 
     // ---- registers of the local APIC that the CPU shows ------------------------------------
@@ -233,21 +245,21 @@ impl Local {
         Some(Ok(()))
     }
 
-    /// KVM_SET_MSRS: as a write, but nothing else moves along and no IPI is sent.
-    pub fn msr_restore(&self, index: u32, value: u64) -> Option<()> {
+    /// KVM_SET_MSRS of what the board keeps: as a write, but nothing else moves along.
+    pub fn msr_restore(&self, index: u32, value: u64) -> Option<Result<(), Gp>> {
         match index {
             msr::TSC => self.change_tsc(|peer| self.machine.clock.restore_tsc(&peer.tsc, value)),
             msr::TSC_ADJUST => self.peer.tsc.restore_adjust(value),
-            msr::APIC_BASE => self.restore_apic_base(value).ok()?,
+            msr::APIC_BASE => return Some(self.restore_apic_base(value)),
             msr::KVM_WALL_CLOCK | msr::KVM_WALL_CLOCK_NEW => self.wall_clock.store(value, Relaxed),
             msr::KVM_SYSTEM_TIME | msr::KVM_SYSTEM_TIME_NEW => {
                 // The guest's page may not be restored yet: it is written at the next entry.
                 self.system_time.store(value, Relaxed);
                 self.peer.clock_stale.store(true, SeqCst);
             }
-            _ => return self.msr_write(index, value)?.ok(),
+            _ => return self.msr_write(index, value),
         }
-        Some(())
+        Some(Ok(()))
     }
 
     /// Changes the counter and what hangs on it: kvmclock's page, the deadline timer.

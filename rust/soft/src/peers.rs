@@ -83,9 +83,15 @@ impl Peer {
         self.kicked.load(SeqCst)
     }
 
+    /// The vCPU's thread is in guest code until the result is dropped.
+    pub fn inside(&self) -> Inside<'_> {
+        self.set_in_guest(true);
+        Inside(self)
+    }
+
     /// The vCPU's thread enters guest code or leaves it. Memory may change under a vCPU that is
     /// outside; coming in, it looks at its attention bits before it touches any.
-    pub fn set_in_guest(&self, inside: bool) {
+    fn set_in_guest(&self, inside: bool) {
         self.shared.in_guest.store(inside, SeqCst);
     }
 
@@ -119,6 +125,15 @@ impl Peer {
             std::thread::sleep(Duration::from_micros(20));
         }
         true
+    }
+}
+
+/// See [`Peer::inside`]. Dropped on a panic too, or slot changes would wait for this vCPU.
+pub(crate) struct Inside<'a>(&'a Peer);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.set_in_guest(false);
     }
 }
 
@@ -172,7 +187,9 @@ impl Peers {
     /// Hands every vCPU a new slot map and waits until none uses an older one.
     pub fn publish_slots(&self, map: &Arc<SlotMap>) -> bool {
         self.for_each(|peer| {
-            *lock(&peer.shared.new_slots) = Some(map.clone());
+            // Under the lock that the vCPU clears the bit under.
+            let mut published = lock(&peer.shared.new_slots);
+            *published = Some(map.clone());
             peer.shared.raise(attention::SLOTS);
         });
         self.all_acted_on(attention::SLOTS)

@@ -31,8 +31,8 @@ impl System {
             KVM_CHECK_EXTENSION => Ok(caps::check(int(arg)?)),
             KVM_GET_VCPU_MMAP_SIZE => Ok(RUN_PAGE_BYTES as i64),
             KVM_GET_SUPPORTED_CPUID => cpuid::supported(arg, self.host_khz),
-            KVM_GET_MSR_INDEX_LIST => msrs::list(arg, &msrs::SAVED),
-            KVM_GET_MSR_FEATURE_INDEX_LIST => msrs::list(arg, &msrs::FEATURES),
+            KVM_GET_MSR_INDEX_LIST => msrs::saved(arg),
+            KVM_GET_MSR_FEATURE_INDEX_LIST => msrs::features(arg),
             KVM_GET_MSRS => msrs::get_features(arg),
             _ => Err(libc::EINVAL),
         }

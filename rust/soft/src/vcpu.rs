@@ -60,9 +60,9 @@ impl Vcpu {
     pub fn run(&self) -> Answer<()> {
         let inner = &*self.inner;
         let mut core = lock(&inner.core);
-        inner.local.peer.set_in_guest(true);
+        let inside = inner.local.peer.inside();
         let exit = inner.advance(&mut core);
-        inner.local.peer.set_in_guest(false);
+        drop(inside);
         let result = match exit {
             Some(exit) => {
                 inner.page.fill(&exit);
@@ -106,13 +106,11 @@ impl Vcpu {
         }
         let mut core = lock(&inner.core);
         // Requests that look into guest memory (page tables) are "in the guest" meanwhile.
-        local.peer.set_in_guest(true);
+        let _inside = local.peer.inside();
         if local.peer.shared.attention.load(SeqCst) & attention::SLOTS != 0 {
             core.cpu.take_slots();
         }
-        let answer = inner.answer(&mut core, request, arg);
-        local.peer.set_in_guest(false);
-        answer
+        inner.answer(&mut core, request, arg)
     }
 }
 
@@ -225,7 +223,7 @@ impl Inner {
             KVM_SET_XSAVE => xstate::set_xsave(cpu, arg),
             KVM_GET_XCRS => xstate::get_xcrs(cpu, arg),
             KVM_SET_XCRS => xstate::set_xcrs(cpu, arg),
-            KVM_GET_MSRS => msrs::get(cpu, local, arg),
+            KVM_GET_MSRS => msrs::get(cpu, arg),
             KVM_SET_MSRS => msrs::set(cpu, local, arg),
             KVM_GET_DEBUGREGS => regs::get_debugregs(cpu, arg),
             KVM_SET_DEBUGREGS => regs::set_debugregs(cpu, arg),
@@ -239,9 +237,7 @@ impl Inner {
             KVM_GET_CPUID2 => cpuid::get(cpu, arg),
             KVM_SET_CPUID2 => {
                 let bits = cpuid::set(cpu, arg)?;
-                if let Some(lapic) = local.lapic() {
-                    lapic.set_physical_bits(bits);
-                }
+                local.follow_cpuid(bits, &cpu.cpuid);
                 Ok(0)
             }
             KVM_GET_LAPIC => crate::ioctl::put(arg, &local.lapic().ok_or(libc::EINVAL)?.state()),

@@ -439,18 +439,22 @@ impl Cpu {
         self.flush_all();
     }
 
-    /// Another vCPU found code on these pages: drop write translations of them, and count what was
-    /// stored through those as a change of code.
+    /// Another vCPU found code on these pages: drop write translations of them, and count what may
+    /// have been stored through those since as a change of code. Pages this vCPU could not store to
+    /// unnoticed are left alone, or two vCPUs running the same code would undo each other's blocks
+    /// for ever.
     pub(crate) fn forget_code_pages(&mut self) {
         let pages = match self.shared.code_pages.lock() {
             Ok(mut pages) => std::mem::take(&mut *pages),
             Err(_) => return,
         };
         let slots = self.slots.clone();
+        let lost = std::mem::take(&mut self.tlb.writes_lost);
         for gpa in pages {
             if let (Some(slot), Some(host)) = (slots.find(gpa), slots.host(gpa)) {
-                self.flush_writes_of(host as usize);
-                note_store(slot.code_word(gpa), 0, PAGE_SIZE);
+                if self.flush_writes_of(host as usize) || lost {
+                    note_store(slot.code_word(gpa), 0, PAGE_SIZE);
+                }
             }
         }
     }

@@ -12,8 +12,9 @@
 //! new number. INVLPG clears by slot whatever the number, so global pages need nothing special.
 
 use super::state::{cr0, cr4, rflags};
-use super::Cpu;
+use super::{attention, Cpu};
 use crate::mem::Slot;
+use std::sync::atomic::Ordering::Relaxed;
 
 /// Entries per array.
 pub const ENTRIES: usize = 1024;
@@ -54,6 +55,8 @@ pub struct Tlb {
     pub(crate) mode: Mode,
     asid_of_pcid: Box<[u16; 4096]>,
     next_asid: u16,
+    /// A write tag went while [`attention::WRITES`] waited: which page's is not known any more.
+    pub(crate) writes_lost: bool,
 }
 
 impl Default for Tlb {
@@ -63,6 +66,7 @@ impl Default for Tlb {
             mode: Mode::Super,
             asid_of_pcid: Box::new([0; 4096]),
             next_asid: 1,
+            writes_lost: false,
         }
     }
 }
@@ -148,6 +152,7 @@ impl Cpu {
 
     /// Forgets every translation (CR0.PG, CR4 paging bits, slots changed).
     pub fn flush_all(&mut self) {
+        self.note_lost_write();
         self.tlb.clear();
         self.tlb.asid_of_pcid.fill(0);
         self.tlb.next_asid = 1;
@@ -160,13 +165,23 @@ impl Cpu {
         self.tlb.drop_writes();
     }
 
-    /// Forgets the write permissions cached for one host page.
-    pub(crate) fn flush_writes_of(&mut self, host_page: usize) {
+    /// A translation that allowed stores is about to be forgotten. Stores it let through while
+    /// another vCPU decoded code there must still count: see `forget_code_pages`.
+    #[inline]
+    fn note_lost_write(&mut self) {
+        self.tlb.writes_lost |= self.shared.attention.load(Relaxed) & attention::WRITES != 0;
+    }
+
+    /// Forgets the write permissions cached for one host page; tells whether there were any.
+    pub(crate) fn flush_writes_of(&mut self, host_page: usize) -> bool {
+        let mut any = false;
         for entry in self.tlb.arrays.iter_mut().flatten() {
             if entry.w != INVALID && ((entry.w & !0xfff) as usize).wrapping_add(entry.addend) == host_page {
                 entry.w = INVALID;
+                any = true;
             }
         }
+        any
     }
 
     fn pcid(&self) -> usize {
@@ -182,6 +197,7 @@ impl Cpu {
         let pcid = self.pcid();
         if self.tlb.asid_of_pcid[pcid] == 0 {
             if self.tlb.next_asid == 0xfff {
+                self.note_lost_write();
                 self.tlb.clear();
                 self.tlb.asid_of_pcid.fill(0);
                 self.tlb.next_asid = 1;
@@ -213,6 +229,7 @@ impl Cpu {
     /// are, in 4 KiB fragments; for them everything goes.
     pub fn invlpg(&mut self, linear: u64) {
         let region = linear >> 21;
+        self.note_lost_write();
         for array in self.tlb.arrays.iter_mut() {
             let first = index(linear & !0x1f_ffff);
             for entry in &mut array[first..first + 512] {
@@ -237,6 +254,9 @@ impl Cpu {
         let page = linear & !0xfff;
         let tag = page | self.asid;
         let pick = |yes: bool| if yes { tag } else { INVALID };
+        if self.entry(linear).w != INVALID {
+            self.note_lost_write();
+        }
         *self.entry(linear) = Entry {
             r: pick(readable),
             w: pick(writable),

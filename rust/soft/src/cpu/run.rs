@@ -82,8 +82,9 @@ impl Cpu {
             self.take_slots();
         }
         if bits & attention::WRITES != 0 {
-            self.flush_writes();
             self.forget_code_pages();
+            self.flush_writes();
+            // Cleared last: whoever raised it takes that for "done".
             self.shared.attention.fetch_and(!attention::WRITES, SeqCst);
         }
         if bits & attention::QUEUED != 0 {
@@ -121,11 +122,15 @@ impl Cpu {
 
     /// Takes the slot map that `vm.rs` published.
     pub fn take_slots(&mut self) {
-        let new = self.shared.new_slots.lock().ok().and_then(|mut slots| slots.take());
-        if let Some(slots) = new {
-            self.set_slots(slots);
+        // The bit is cleared under the lock the map is published under: the publisher takes a clear
+        // bit for "taken", and a map published from here on raises it again.
+        if let Ok(mut published) = self.shared.clone().new_slots.lock() {
+            let new = published.take();
+            if let Some(slots) = new {
+                self.set_slots(slots);
+            }
+            self.shared.attention.fetch_and(!attention::SLOTS, SeqCst);
         }
-        self.shared.attention.fetch_and(!attention::SLOTS, SeqCst);
     }
 
     /// Delivers the most urgent event. SDM vol. 3, table 6-2.

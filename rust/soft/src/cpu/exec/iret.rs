@@ -12,7 +12,7 @@ use crate::cpu::op::{Handler, Op};
 use crate::cpu::segment::vm86_segment;
 use crate::cpu::state::{cr4, rflags, seg};
 use crate::cpu::table::Row;
-use crate::cpu::{vector, Cpu, Stop, R};
+use crate::cpu::{attention, vector, Cpu, Stop, R};
 use crate::rows;
 
 const ARITHMETIC: u64 = rflags::CF | rflags::PF | rflags::AF | rflags::ZF | rflags::SF | rflags::OF;
@@ -53,6 +53,9 @@ impl Cpu {
     fn iret(&mut self, width: u64, next: u64) -> R {
         // NMIs are unblocked even when IRET faults. SDM vol. 3, 6.7.1.
         self.nmi_blocked = false;
+        if self.pending.nmi {
+            self.shared.raise(attention::EVENT);
+        }
         let protected = self.protected();
         if protected && self.sys_flags as u64 & rflags::NT != 0 {
             return if self.lma() { Err(self.gp(0)) } else { self.task_return(next) };
