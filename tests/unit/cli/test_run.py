@@ -1,0 +1,95 @@
+"""What `ostler run` fills in where the user left something open."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ostler.cli import run, terminal
+from ostler.config import GuestSpec, parse_guest
+from ostler.errors import BadRequest
+from ostler.images import Kernel, initrd, kernels
+from ostler.images.progress import silent
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands for the archive; the names of the kernels fetched."""
+    names: list[str] = []
+
+    def fetch(name: str, progress: object) -> Kernel:
+        assert progress is silent
+        names.append(name)
+        return Kernel(name, "6.0", "6.0-1", Path("/cache") / name, Path("/config"), ())
+
+    monkeypatch.setattr(kernels, "fetch", fetch)
+    monkeypatch.setattr(initrd, "busybox", lambda kernel, _: Path("/cache/initrd") / kernel.name)
+    monkeypatch.setattr(run, "os", FakeOs(tty=False))
+    return names
+
+
+class FakeOs:
+    """What run.py asks of the module `os`."""
+
+    def __init__(self, *, tty: bool) -> None:
+        self.environ = {"TERM": "xterm"}
+        self._tty = tty
+
+    def isatty(self, fd: int) -> bool:
+        assert fd == 0
+        return self._tty
+
+
+def complete(
+    *, image: str | None = None, kernel: str | None = None, append: str | None = None, ramdisk: str | None = None
+) -> GuestSpec:
+    spec = parse_guest(kernel=kernel or "/dev/null", initrd=ramdisk, append=append or "")
+    return run.with_material(spec, image=image, kernel=kernel, append=append, progress=silent)
+
+
+def test_nothing_given_without_terminal_is_a_report_on_the_default_kernel(fetched: list[str]) -> None:
+    spec = complete()
+
+    assert fetched == ["debian-12-cloud"]
+    assert spec.kernel == Path("/cache/debian-12-cloud")
+    assert spec.initrd == Path("/cache/initrd/debian-12-cloud")
+    assert spec.append == "console=ttyS0 ostler.report"
+
+
+def test_nothing_given_on_a_terminal_is_a_shell_that_knows_it(
+    fetched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "os", FakeOs(tty=True))
+    monkeypatch.setattr(terminal, "size", lambda _: os.terminal_size((100, 30)))
+
+    assert complete(image="debian-13-cloud").append == "console=ttyS0 ostler.tty=30x100 ostler.term=xterm"
+    assert fetched == ["debian-13-cloud"]
+
+
+def test_append_is_added_for_ostlers_kernel_and_chooses_what_init_does(fetched: list[str]) -> None:
+    assert complete(append="quiet").append == "console=ttyS0 quiet ostler.report"
+    assert complete(append="ostler.panic").append == "console=ttyS0 ostler.panic"
+    assert len(fetched) == 2
+
+
+def test_own_initrd_on_ostlers_kernel_is_not_told_about_ostler(fetched: list[str]) -> None:
+    spec = complete(ramdisk="/my.img")
+
+    assert (spec.initrd, spec.append) == (Path("/my.img"), "console=ttyS0")
+    assert fetched == ["debian-12-cloud"]
+
+
+def test_own_kernel_gets_exactly_what_was_given(fetched: list[str]) -> None:
+    spec = complete(kernel="/k", append="a b")
+
+    assert (spec.kernel, spec.initrd, spec.append) == (Path("/k"), None, "a b")
+    assert complete(kernel="/k").append == "console=ttyS0"
+    assert fetched == []
+
+
+def test_two_kernels_are_refused(fetched: list[str]) -> None:
+    with pytest.raises(BadRequest, match="only one kernel"):
+        complete(image="debian-12", kernel="/k")
+    assert fetched == []
