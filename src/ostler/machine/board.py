@@ -13,7 +13,7 @@ lock anyway, and devices that meet (timer and register access, console and UART)
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -26,8 +26,10 @@ from ostler.devices.legacy.reset import KeyboardReset, ResetPort, Scratch, Syste
 from ostler.devices.legacy.rtc import CENTURY, Rtc
 from ostler.devices.legacy.serial import PORT_COUNT as SERIAL_PORTS
 from ostler.devices.legacy.serial import Serial
+from ostler.devices.state import Saved
 from ostler.devices.testing import pc_testdev as testdev
 from ostler.devices.wiring import Clock, IrqLine, PowerSink, Timer
+from ostler.errors import StateError
 from ostler.memory.layout import IOAPIC_BASE, LAPIC_BASE, LOW_RAM_LIMIT, TEST_MEMORY_BASE
 
 COM1_PORT, COM1_IRQ = 0x3F8, 4
@@ -67,6 +69,16 @@ class Chipset:
     flush_page: Callable[[int], None]
 
 
+class StatefulDevice(Protocol):
+    """A device whose state outlives its process."""
+
+    def save(self) -> Saved:
+        """Plain data."""
+
+    def restore(self, data: Mapping[str, object]) -> None:
+        """Raises StateError for data the device could not have saved."""
+
+
 class Board:
     """Buses and devices of one guest. Hold `lock` around every access from outside."""
 
@@ -78,6 +90,7 @@ class Board:
         self.serial = Serial(irq=self._line(COM1_IRQ), sink=wiring.console_sink, on_room=wiring.console_room)
         self.rtc = self._make_rtc(wiring, cpus=cpus, memory_bytes=memory_bytes)
         self.pm = self._make_pm(wiring)
+        self._stateful: dict[str, StatefulDevice] = {"COM1": self.serial, "RTC": self.rtc, "ACPI": self.pm}
         self._claim_legacy(wiring, cpus=cpus, memory_bytes=memory_bytes)
         if test_devices:
             self._claim_test_devices()
@@ -106,6 +119,18 @@ class Board:
             pvpanic_port=debug.PVPANIC_PORT,
         )
 
+    def save(self) -> dict[str, Saved]:
+        """The state of every device that has one, by name; under the lock."""
+        return {name: device.save() for name, device in self._stateful.items()}
+
+    def restore(self, data: Mapping[str, Mapping[str, object]]) -> None:
+        """Raises StateError; the board is of no use then. Under the lock."""
+        if set(data) != set(self._stateful):
+            odd = sorted(set(data) ^ set(self._stateful))
+            raise StateError(f"saved board has missing or unknown devices {odd[:8]}")
+        for name, device in self._stateful.items():
+            device.restore(data[name])
+
     def _line(self, gsi: int) -> IrqLine:
         return IrqLine(partial(self._chipset.drive_gsi, gsi))
 
@@ -125,20 +150,22 @@ class Board:
 
     def _claim_legacy(self, wiring: Wiring, *, cpus: int, memory_bytes: int) -> None:
         power, ports = wiring.power, self.ports
-        keyboard = KeyboardReset(power)
+        keyboard, control, reset = KeyboardReset(power), SystemControl(power), ResetPort(power)
+        firmware = fw_cfg.FwCfg(cpus=cpus, ram_bytes=memory_bytes)
+        self._stateful |= {"keyboard": keyboard, "system control": control, "reset control": reset, "fw_cfg": firmware}
         # Port 0x61 in between is the PIT's and the accelerator's.
         ports.claim("keyboard data", KEYBOARD_PORT, 1, keyboard)
         ports.claim("keyboard command", KEYBOARD_PORT + 4, 1, _Shifted(keyboard, 4))
         ports.claim("RTC", RTC_PORT, 2, self.rtc)
-        ports.claim("system control", SYSTEM_CONTROL_PORT, 1, SystemControl(power))
-        ports.claim("reset control", RESET_PORT, 1, ResetPort(power))
+        ports.claim("system control", SYSTEM_CONTROL_PORT, 1, control)
+        ports.claim("reset control", RESET_PORT, 1, reset)
+        ports.claim("fw_cfg", fw_cfg.FW_CFG_PORT, fw_cfg.FW_CFG_PORTS, firmware, max_width=2)
         for port in SCRATCH_PORTS:
-            ports.claim("scratch", port, 1, Scratch())
+            scratch = self._stateful[f"scratch {port:#x}"] = Scratch()
+            ports.claim("scratch", port, 1, scratch)
         ports.claim("debug exit", debug.DEBUG_EXIT_PORT, debug.DEBUG_EXIT_SIZE, debug.DebugExit(power), max_width=4)
         ports.claim("COM1", COM1_PORT, SERIAL_PORTS, self.serial)
         ports.claim("pvpanic", debug.PVPANIC_PORT, 1, debug.PvPanic(power))
-        firmware = fw_cfg.FwCfg(cpus=cpus, ram_bytes=memory_bytes)
-        ports.claim("fw_cfg", fw_cfg.FW_CFG_PORT, fw_cfg.FW_CFG_PORTS, firmware, max_width=2)
         ports.claim("ACPI", pm.PM_BASE, pm.PM_SIZE, self.pm, max_width=4)
 
     def _claim_test_devices(self) -> None:

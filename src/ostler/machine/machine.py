@@ -13,14 +13,14 @@ from types import TracebackType
 from typing import Self
 
 from ostler.abi.kvm import board as kvm_board
-from ostler.accel.api import VCPU, Accel, IrqRoute, Route
+from ostler.accel.api import VCPU, Accel, Cap, IrqRoute, Route
 from ostler.accel.fitting import Policy, fit, install
 from ostler.accel.models import DEFAULT_MODEL, model
 from ostler.boot.acpi import install_tables
 from ostler.boot.kernel import Kernel
 from ostler.boot.load import load_guest
 from ostler.config import GuestSpec
-from ostler.errors import HostError
+from ostler.errors import BadRequest, HostError
 from ostler.machine.board import Board, Chipset, Wiring
 from ostler.machine.processor import enter, wire_local_interrupts
 from ostler.memory import GuestMemory
@@ -33,8 +33,11 @@ class Machine:
     """Owns VM, processors and memory; a context manager. The board's lock guards its devices."""
 
     def __init__(self, spec: GuestSpec, accel: Accel, wiring: Wiring) -> None:
-        """Raises BadRequest for a model the accelerator lacks, HostError without memory."""
+        """Raises BadRequest for processors the accelerator lacks, HostError without memory."""
         self.spec = spec
+        most = accel.check_extension(Cap.MAX_VCPUS)
+        if spec.cpus > most:
+            raise BadRequest(f"cpus {spec.cpus}: {accel.name} on this host gives a guest at most {most}")
         # Whoever names a model wants that model; the default gives way where a host is older.
         policy = Policy.REFUSE if spec.cpu != DEFAULT_MODEL else Policy.MASK
         self.model, self.masked_features = fit(model(spec.cpu), accel, policy)

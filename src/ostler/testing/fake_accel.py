@@ -21,6 +21,7 @@ from typing import Any, Self, cast
 from ostler.accel.api import (
     VCPU,
     VM,
+    Cap,
     CpuidEntry2,
     ExitReason,
     FailEntry,
@@ -259,6 +260,7 @@ class FakeAccel:
     """Gives one FakeVm; `lacks` takes features out of what it supports."""
 
     name = "fake"
+    max_vcpus = 8
 
     def __init__(self, *scripts: Callable[[], Script], supported_model: str | None = None) -> None:
         self.vm = FakeVm(scripts)
@@ -276,8 +278,8 @@ class FakeAccel:
     def get_msr_index_list(self) -> list[int]:
         return []
 
-    def check_extension(self, cap: int) -> int:  # noqa: ARG002
-        return 1
+    def check_extension(self, cap: int) -> int:
+        return self.max_vcpus if cap == Cap.MAX_VCPUS else 1
 
     def close(self) -> None:
         """Nothing is open."""

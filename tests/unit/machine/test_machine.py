@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ostler.accel.api import IrqRoute
 from ostler.boot.load import parse_kernel
 from ostler.bus import Claim
 from ostler.config import GuestSpec, parse_guest
 from ostler.devices.wiring import PowerEvent
-from ostler.errors import BadRequest
+from ostler.errors import BadRequest, StateError
 from ostler.machine.board import Wiring
 from ostler.machine.machine import Machine, pc_routes
 from ostler.memory.layout import HIGH_RAM_START
@@ -135,3 +137,51 @@ def test_load_kernel_beyond_memory_is_refused() -> None:
     image = kernels.elf64(load=0x1000_0000)
     with Machine(spec(), FakeAccel(), wiring()) as machine, pytest.raises(BadRequest, match="guest has 32 MiB"):
         machine.load(parse_kernel(memoryview(image), "kernel.img"), initrd=None, cmdline="")
+
+
+def test_machine_more_processors_than_accelerator_gives_is_refused() -> None:
+    with pytest.raises(BadRequest, match="cpus 9: fake on this host gives a guest at most 8"):
+        Machine(spec(cpus=9), FakeAccel(), wiring())
+
+
+def test_board_saved_state_restores_on_another_board() -> None:
+    with (
+        Machine(spec(), FakeAccel(), wiring()) as one,
+        Machine(spec(), FakeAccel(), wiring()) as other,
+    ):
+        one.board.ports.write(0x80, 1, 0x55)
+        one.board.ports.write(0x3FF, 1, 0x66)
+        one.board.ports.write(0x510, 2, 0)
+        one.board.ports.read(0x511, 1)
+        other.board.restore(one.board.save())
+        read = other.board.ports.read
+        assert (read(0x80, 1), read(0x3FF, 1), read(0x511, 1)) == (0x55, 0x66, ord("E"))
+        assert other.board.save().keys() == one.board.save().keys()
+        with pytest.raises(StateError, match="COM9"):
+            other.board.restore({**one.board.save(), "COM9": {}})
+
+
+TRAFFIC = st.tuples(
+    st.one_of(
+        st.integers(0, 0xFFFF),
+        st.sampled_from([0x60, 0x64, 0x70, 0x71, 0x80, 0x92, 0xE9, 0xF4, 0x3F8, 0x3F9, 0x3FC, 0x505, 0x510, 0x511]),
+        st.sampled_from([0x600, 0x602, 0x604, 0x608, 0xCF9, 0xE0, 0xE4, 0xE8, 0x2000, 0x2017]),
+    ),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 0xFFFF_FFFF),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(traffic=st.lists(TRAFFIC, max_size=60), test_devices=st.booleans())
+def test_board_any_port_traffic_is_answered(traffic: list[tuple[int, int, int]], *, test_devices: bool) -> None:
+    accel = FakeAccel()
+    with Machine(spec(memory="16M", test_devices=test_devices), accel, wiring()) as machine:
+        ports, mmio = machine.board.ports, machine.board.mmio
+        for port, size, value in traffic:
+            ports.write(port, size, value & ((1 << size * 8) - 1))
+            assert 0 <= ports.read(port, size) < 1 << size * 8
+            mmio.write(0xFF00_0000 + port, size, value & ((1 << size * 8) - 1))
+            assert 0 <= mmio.read(0xFEFF_FFF8 + port, size) < 1 << size * 8
+        assert all(0 <= gsi < 24 and level in (0, 1) for gsi, level in accel.vm.lines)
+        machine.board.restore(machine.board.save())

@@ -7,6 +7,9 @@ selector and the data port are offered: the identity's DMA bit is clear. Items a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ostler.devices.state import Saved, load, save, uint
 
 FW_CFG_PORT, FW_CFG_PORTS = 0x510, 2
 
@@ -16,6 +19,14 @@ FILE_DIRECTORY = 0x19
 FIRST_FILE = 0x20
 # By the specification; a longer name does not fit its directory entry.
 MAX_FILE_NAME = 55
+
+
+@dataclass(slots=True)
+class FwCfgState:
+    """What is selected and how far it is read; the items come from the specification."""
+
+    key: int = uint(16)
+    cursor: int = uint(32)
 
 
 class FwCfg:
@@ -32,8 +43,8 @@ class FwCfg:
             MAX_CPUS: cpus.to_bytes(2, "little"),
         }
         self._add_files(files or {})
-        self._selected = b""
-        self._cursor = 0
+        self._state = FwCfgState()
+        self._selected = self._items[SIGNATURE]
 
     def _add_files(self, files: Mapping[str, bytes]) -> None:
         directory = len(files).to_bytes(4, "big")
@@ -46,14 +57,24 @@ class FwCfg:
         self._items[FILE_DIRECTORY] = directory
 
     def read(self, offset: int, size: int) -> int:  # noqa: ARG002
-        if offset == 0 or self._cursor >= len(self._selected):
+        cursor = self._state.cursor
+        if offset == 0 or cursor >= len(self._selected):
             return 0
-        byte = self._selected[self._cursor]
-        self._cursor += 1
-        return byte
+        self._state.cursor = cursor + 1
+        return self._selected[cursor]
 
     def write(self, offset: int, size: int, value: int) -> None:
         # The selector is a 16-bit register; a byte written to the data port changes nothing.
         if offset == 0 and size == 2:
-            self._selected = self._items.get(value, b"")
-            self._cursor = 0
+            self._select(FwCfgState(value))
+
+    def save(self) -> Saved:
+        return save(self._state)
+
+    def restore(self, data: Mapping[str, object]) -> None:
+        """Raises StateError and then changes nothing."""
+        self._select(load(FwCfgState, "fw_cfg", data))
+
+    def _select(self, state: FwCfgState) -> None:
+        self._state = state
+        self._selected = self._items.get(state.key, b"")

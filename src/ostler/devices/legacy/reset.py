@@ -7,7 +7,10 @@ empty output buffer, and counts every other command. Intel 8042; PIIX3 data shee
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+from ostler.devices.state import Saved, load, save, uint
 from ostler.devices.wiring import PowerEvent, PowerSink
 from ostler.registers import Register, bit
 
@@ -30,6 +33,13 @@ class ResetControl(Register):
     HARD = bit(1)
     RESET = bit(2)
     FULL = bit(3)
+
+
+@dataclass(slots=True)
+class LatchState:
+    """These devices remember one byte each."""
+
+    value: int = uint(8)
 
 
 class KeyboardReset:
@@ -56,6 +66,13 @@ class KeyboardReset:
             if not value & 1:
                 self._power(PowerEvent.RESET)
 
+    def save(self) -> Saved:
+        return save(LatchState(int(self._expects_output_port)))
+
+    def restore(self, data: Mapping[str, object]) -> None:
+        """Raises StateError and then changes nothing."""
+        self._expects_output_port = bool(load(LatchState, "keyboard controller", data).value)
+
 
 class SystemControl:
     """Port 0x92: A20 (always open) and the fast reset, on its rising edge."""
@@ -72,6 +89,13 @@ class SystemControl:
         self._value = value & Port92.declared()
         if rising:
             self._power(PowerEvent.RESET)
+
+    def save(self) -> Saved:
+        return save(LatchState(self._value))
+
+    def restore(self, data: Mapping[str, object]) -> None:
+        """Raises StateError and then changes nothing."""
+        self._value = load(LatchState, "system control port", data).value & Port92.declared()
 
 
 class ResetPort:
@@ -90,6 +114,13 @@ class ResetPort:
         if rising:
             self._power(PowerEvent.RESET)
 
+    def save(self) -> Saved:
+        return save(LatchState(self._value))
+
+    def restore(self, data: Mapping[str, object]) -> None:
+        """Raises StateError and then changes nothing."""
+        self._value = load(LatchState, "reset control port", data).value & (ResetControl.HARD | ResetControl.FULL)
+
 
 class Scratch:
     """Ports that are written for their delay or for a display nobody looks at (0x80, 0xED).
@@ -105,3 +136,10 @@ class Scratch:
 
     def write(self, offset: int, size: int, value: int) -> None:  # noqa: ARG002
         self.last = value & 0xFF
+
+    def save(self) -> Saved:
+        return save(LatchState(self.last))
+
+    def restore(self, data: Mapping[str, object]) -> None:
+        """Raises StateError and then changes nothing."""
+        self.last = load(LatchState, "scratch port", data).value
