@@ -239,6 +239,90 @@ impl Cpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::fixture::{handler, sel};
+    use crate::cpu::run::RunEnd;
+    use crate::cpu::testing::Bench;
+
+    const CODE: u64 = 0x1_0000;
+
+    #[test]
+    fn test_tf_set_by_popf_traps_after_the_next_instruction() {
+        // popfq; nop; nop
+        let mut bench = Bench::new(1 << 20).long(CODE).code(&[0x9d, 0x90, 0x90]);
+        bench.load(0x8000, &(rflags::TF | 2).to_le_bytes());
+        bench.step();
+        assert_eq!(bench.cpu.rip, CODE + 1);
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.dr[6]), (handler(1), dr6::FIXED | dr6::BS));
+        assert_eq!(bench.word(bench.cpu.regs[4]), CODE + 2);
+        assert_eq!(bench.word(bench.cpu.regs[4] + 16), rflags::TF | 2);
+        assert_eq!(bench.cpu.sys_flags as u64 & rflags::TF, 0);
+    }
+
+    #[test]
+    fn test_mov_ss_holds_off_the_single_step() {
+        // mov ss, eax; nop
+        let mut bench = Bench::new(1 << 20).long(CODE).code(&[0x8e, 0xd0, 0x90]);
+        bench.cpu.set_rflags(rflags::TF);
+        bench.cpu.regs[0] = sel::DATA as u64;
+        bench.step();
+        assert_eq!(bench.cpu.rip, CODE + 2);
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(1));
+    }
+
+    #[test]
+    fn test_instruction_breakpoint_is_a_fault_that_rf_passes() {
+        let mut bench = Bench::new(1 << 20).long(CODE).code(&[0x90, 0x90]);
+        (bench.cpu.dr[0], bench.cpu.dr[7]) = (CODE, dr7::FIXED | 1);
+        bench.cpu.breakpoints_changed();
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.dr[6]), (handler(1), dr6::FIXED | 1));
+        assert_eq!(bench.word(bench.cpu.regs[4]), CODE);
+        bench.cpu.rip = CODE;
+        bench.cpu.set_rflags(rflags::RF);
+        bench.step();
+        assert_eq!(bench.cpu.rip, CODE + 1);
+        assert_eq!(bench.cpu.sys_flags as u64 & rflags::RF, 0);
+    }
+
+    #[test]
+    fn test_data_breakpoint_traps_after_the_store_even_on_a_cached_page() {
+        // mov [0x2_0004], eax, twice
+        let store = [0x89, 0x04, 0x25, 4, 0, 2, 0];
+        let mut bench = Bench::new(1 << 20).long(CODE).code(&[store, store].concat());
+        bench.step();
+        (bench.cpu.dr[3], bench.cpu.dr[7]) = (0x2_0006, dr7::FIXED | 0xc0 | 0b0101 << 28);
+        bench.cpu.breakpoints_changed();
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.dr[6]), (handler(1), dr6::FIXED | 8));
+        assert_eq!(bench.word(bench.cpu.regs[4]), CODE + 14);
+    }
+
+    #[test]
+    fn test_io_breakpoint_needs_cr4_de() {
+        // out 0x80, al
+        for (de, rip) in [(0, CODE + 2), (cr4::DE, handler(1))] {
+            let mut bench = Bench::new(1 << 20).long(CODE).code(&[0xe6, 0x80]);
+            bench.cpu.cr4 |= de;
+            (bench.cpu.dr[0], bench.cpu.dr[7]) = (0x80, dr7::FIXED | 1 | 2 << 16);
+            bench.cpu.breakpoints_changed();
+            let _ = bench.cpu.step();
+            assert_eq!(bench.cpu.rip, rip);
+        }
+    }
+
+    #[test]
+    fn test_guest_debug_single_step_exits_with_the_next_rip() {
+        let mut bench = Bench::new(1 << 20).long(CODE).code(&[0x90, 0xcc]);
+        bench.cpu.guest_debug = guest_debug::ENABLE | guest_debug::SINGLE_STEP | guest_debug::USE_SW_BP;
+        bench.cpu.breakpoints_changed();
+        let step = Exit::Debug { exception: 1, pc: CODE + 1, dr6: dr6::FIXED | dr6::BS, dr7: 0x400 };
+        assert_eq!(bench.cpu.run(), RunEnd::Exit(step));
+        let breakpoint = Exit::Debug { exception: 3, pc: CODE + 1, dr6: dr6::FIXED, dr7: 0x400 };
+        assert_eq!(bench.cpu.run(), RunEnd::Exit(breakpoint));
+        assert_eq!(bench.cpu.rip, CODE + 1);
+    }
 
     #[test]
     fn test_breakpoints_decode_length_and_alignment() {

@@ -274,3 +274,66 @@ impl Cpu {
         Ok(d.segment(selector))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::fixture::{sel, GDT, TSS2};
+    use crate::cpu::state::{cr0, rflags, seg};
+    use crate::cpu::testing::Bench;
+
+    const CODE: u64 = 0x1_0000;
+
+    /// A second task that executes IRET at 0x3_0000.
+    fn bench(code: &[u8], ss: u16) -> Bench {
+        let mut bench = Bench::new(1 << 20).protected(CODE).code(code);
+        let mut fields = [0u32; 26];
+        (fields[8], fields[9], fields[14], fields[10]) = (0x3_0000, 2, 0x7800, 0xabc);
+        for (index, selector) in [sel::DATA, sel::CODE32, ss, sel::DATA, 0, 0].into_iter().enumerate() {
+            fields[18 + index] = selector as u32;
+        }
+        for (index, field) in fields.into_iter().enumerate() {
+            bench.load(TSS2 + 4 * index as u64, &field.to_le_bytes());
+        }
+        bench.load(0x3_0000, &[0xcf]);
+        bench
+    }
+
+    #[test]
+    fn test_call_to_a_tss_and_iret_back() {
+        // lcall TSS2:0
+        let mut bench = bench(&[0x9a, 0, 0, 0, 0, sel::TSS2 as u8, 0], sel::DATA);
+        bench.cpu.regs[0] = 0x1234;
+        bench.step();
+        let cpu = &bench.cpu;
+        assert_eq!((cpu.rip, cpu.regs[0], cpu.regs[4], cpu.tr.selector), (0x3_0000, 0xabc, 0x7800, sel::TSS2));
+        assert!(cpu.cr0 & cr0::TS != 0 && cpu.sys_flags as u64 & rflags::NT != 0);
+        assert!(cpu.segs[seg::FS].unusable && !cpu.segs[seg::DS].unusable);
+        assert_eq!(bench.words(TSS2, 1), [sel::TSS as u64]);
+        bench.step();
+        let cpu = &bench.cpu;
+        assert_eq!((cpu.rip, cpu.regs[0], cpu.tr.selector), (CODE + 7, 0x1234, sel::TSS));
+        assert_eq!(cpu.sys_flags as u64 & rflags::NT, 0);
+        assert_eq!(bench.word(GDT + sel::TSS2 as u64 + 5) & 0xff, 0x89);
+    }
+
+    #[test]
+    fn test_jump_to_a_task_with_a_bad_stack_faults_in_the_new_task() {
+        let mut bench = bench(&[0xea, 0, 0, 0, 0, sel::TSS2 as u8, 0], sel::READ_ONLY);
+        // A stack for the handler: the null SS of the failed load cannot take the frame.
+        let end = bench.cpu.step();
+        assert_eq!(bench.cpu.tr.selector, sel::TSS2);
+        assert!(end.is_some());
+    }
+
+    #[test]
+    fn test_task_gate_pushes_the_error_code_on_the_new_stack() {
+        // mov ds, [BEYOND]: #GP through a task gate
+        let mut bench = bench(&[0xb8, 0, 1, 0, 0, 0x8e, 0xd8], sel::DATA);
+        bench.gate(13, 5, 0, 0);
+        bench.load(0x5000 + 13 * 8 + 2, &sel::TSS2.to_le_bytes());
+        bench.step();
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.regs[4]), (0x3_0000, 0x77fc));
+        assert_eq!(bench.words(0x77fc, 1), [0x100]);
+    }
+}

@@ -272,3 +272,87 @@ pub const ROWS: &[Row] = rows! {
         Smsw => |b| bind_store(b, smsw::<0>, [smsw::<2>, smsw::<4>, smsw::<8>]),
     }
 };
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::fixture::{handler, sel};
+    use crate::cpu::state::{cr0, cr4, efer, CodeSize, CpuidEntry};
+    use crate::cpu::testing::Bench;
+
+    const CODE: u64 = 0x1_0000;
+
+    fn gp(result: crate::cpu::R) -> bool {
+        result.is_err()
+    }
+
+    #[test]
+    fn test_cr0_combinations_that_fault() {
+        let mut bench = Bench::new(1 << 20).protected(CODE);
+        let cpu = &mut bench.cpu;
+        assert!(gp(cpu.set_cr0(cr0::PG)));
+        assert!(gp(cpu.set_cr0(cr0::PE | cr0::NW)));
+        assert!(gp(cpu.set_cr0(1 << 32 | cr0::PE)));
+        assert_eq!(cpu.cr0, cr0::PE | cr0::NE | cr0::ET);
+        let cpu = &mut Bench::new(1 << 20).long(CODE).cpu;
+        assert!(gp(cpu.set_cr0(cr0::PE)));
+        assert!(gp(cpu.set_cr4(0)));
+        assert!(gp(cpu.set_cr4(cr4::PAE | cr4::LA57)));
+        assert!(gp(cpu.set_cr3(1 << 52)));
+        cpu.cr3 = 0x1005;
+        assert!(gp(cpu.set_cr4(cr4::PAE | cr4::PCIDE)));
+    }
+
+    #[test]
+    fn test_cr4_follows_cpuid() {
+        let cpu = &mut Bench::new(1 << 20).long(CODE).cpu;
+        cpu.cpuid.entries = vec![CpuidEntry { function: 7, ebx: 1 << 7, ..CpuidEntry::default() }];
+        assert!(gp(cpu.set_cr4(cr4::PAE | cr4::SMAP)));
+        assert!(cpu.set_cr4(cr4::PAE | cr4::SMEP).is_ok());
+    }
+
+    #[test]
+    fn test_protected_mode_to_64_bit_mode() {
+        // ljmp CODE64:0x1_0007; (64-bit) mov rax, cr0
+        let code = [0xea, 7, 0, 1, 0, sel::CODE64 as u8, 0, 0x0f, 0x20, 0xc0];
+        let mut bench = Bench::new(1 << 20).long_mode(0, false);
+        (bench.cpu.efer, bench.cpu.cr4) = (0, 0);
+        let mut bench = bench.protected(CODE).code(&code);
+        let cpu = &mut bench.cpu;
+        assert!(cpu.set_cr4(cr4::PAE).is_ok());
+        assert_eq!(cpu.write_msr(0xc000_0080, efer::LME, false), Ok(()));
+        assert!(cpu.set_cr0(cpu.cr0 | cr0::PG).is_ok());
+        assert_eq!((cpu.efer, cpu.code_size), (efer::LME | efer::LMA, CodeSize::B32));
+        bench.step();
+        assert_eq!((bench.cpu.code_size, bench.cpu.rip), (CodeSize::B64, CODE + 7));
+        bench.step();
+        assert_eq!(bench.cpu.regs[0], bench.cpu.cr0);
+        assert_eq!(bench.cpu.write_msr(0xc000_0080, 0, false), Err(crate::cpu::Gp));
+    }
+
+    #[test]
+    fn test_privileged_moves_in_user_mode_are_gp() {
+        for code in [[0x0f, 0x20, 0xc0], [0x0f, 0x22, 0xd8], [0x0f, 0x21, 0xf8], [0x0f, 0x06, 0x90]] {
+            let mut bench = Bench::new(1 << 20).long(CODE).user().code(&code);
+            bench.step();
+            assert_eq!(bench.cpu.rip, handler(13), "{code:x?}");
+        }
+    }
+
+    #[test]
+    fn test_lmsw_cannot_clear_pe() {
+        let mut bench = Bench::new(1 << 20).protected(CODE).code(&[0x0f, 1, 0xf0]);
+        bench.cpu.regs[0] = cr0::TS;
+        bench.step();
+        assert_eq!(bench.cpu.cr0 & 0xf, cr0::PE | cr0::TS);
+    }
+
+    #[test]
+    fn test_debug_registers_with_gd_raise_db() {
+        let mut bench = Bench::new(1 << 20).long(CODE).code(&[0x0f, 0x23, 0xc0]);
+        bench.cpu.dr[7] |= 1 << 13;
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(1));
+        assert_eq!(bench.cpu.dr[6], 0xffff_0ff0 | 1 << 13);
+        assert_eq!(bench.cpu.dr[7], 0x400);
+    }
+}

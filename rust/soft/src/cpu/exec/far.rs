@@ -386,3 +386,116 @@ pub const ROWS: &[Row] = rows! {
         Retf => bind_retf,
     }
 };
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::fixture::{handler, sel, GDT, RSP0};
+    use crate::cpu::state::{seg, CodeSize};
+    use crate::cpu::testing::Bench;
+
+    const CODE: u64 = 0x1_0000;
+    const POINTER: u64 = 0x2_0000;
+
+    /// A far transfer through a pointer at 0x2_0000: FF /3 (CALL) or FF /5 (JMP).
+    fn through_pointer(bench: Bench, jump: bool, offset: u32, selector: u16) -> Bench {
+        let mut bench = bench.code(&[0xff, if jump { 0x2c } else { 0x1c }, 0x25, 0, 0, 2, 0]);
+        bench.load(POINTER, &offset.to_le_bytes());
+        bench.load(POINTER + 4, &selector.to_le_bytes());
+        bench
+    }
+
+    fn call_gate(bench: &mut Bench, target: u16, offset: u64, dpl: u64, parameters: u64) {
+        let low = offset & 0xffff | offset >> 16 << 48 | (target as u64) << 16 | parameters << 32 | (0x8c | dpl << 5) << 40;
+        bench.load(GDT + 0x60, &low.to_le_bytes());
+        bench.load(GDT + 0x68, &[0; 8]);
+    }
+
+    #[test]
+    fn test_call_gate_in_long_mode_changes_stacks_and_retf_comes_back() {
+        let mut bench = through_pointer(Bench::new(1 << 20).long(CODE).user(), false, 0, sel::GATE);
+        call_gate(&mut bench, sel::CODE64, 0x3_0000, 3, 0);
+        // The gate's handler: retfq.
+        bench.load(0x3_0000, &[0x48, 0xcb]);
+        bench.cpu.regs[4] = 0x7ff8;
+        bench.step();
+        assert_eq!((bench.cpu.cpl, bench.cpu.rip, bench.cpu.regs[4]), (0, 0x3_0000, RSP0 - 32));
+        assert!(bench.cpu.segs[seg::SS].unusable);
+        let frame = bench.quads(RSP0 - 32, 4);
+        assert_eq!(frame, [CODE + 7, sel::USER64 as u64, 0x7ff8, sel::USER_DATA as u64]);
+        bench.step();
+        assert_eq!((bench.cpu.cpl, bench.cpu.rip, bench.cpu.regs[4]), (3, CODE + 7, 0x7ff8));
+        assert_eq!(bench.cpu.segs[seg::SS].selector, sel::USER_DATA);
+    }
+
+    #[test]
+    fn test_call_gate_in_protected_mode_copies_parameters() {
+        let code = [0x9a, 0, 0, 0, 0, sel::GATE as u8, 0];
+        let mut bench = Bench::new(1 << 20).protected(CODE).user().code(&code);
+        call_gate(&mut bench, sel::CODE32, 0x3_0000, 3, 2);
+        // retf 8
+        bench.load(0x3_0000, &[0xca, 8, 0]);
+        bench.cpu.regs[4] = 0x7000;
+        bench.load(0x7000, &[0x11, 0, 0, 0, 0x22, 0, 0, 0]);
+        bench.step();
+        let frame = bench.words(RSP0 - 24, 6);
+        assert_eq!(frame, [CODE + 7, sel::USER32 as u64, 0x11, 0x22, 0x7000, sel::USER_DATA as u64]);
+        assert_eq!((bench.cpu.cpl, bench.cpu.rip, bench.cpu.regs[4]), (0, 0x3_0000, RSP0 - 24));
+        bench.step();
+        assert_eq!((bench.cpu.cpl, bench.cpu.rip, bench.cpu.regs[4]), (3, CODE + 7, 0x7008));
+    }
+
+    #[test]
+    fn test_call_gate_of_another_privilege_is_gp() {
+        let mut bench = through_pointer(Bench::new(1 << 20).long(CODE).user(), false, 0, sel::GATE);
+        call_gate(&mut bench, sel::CODE64, 0x3_0000, 0, 0);
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(13));
+        assert_eq!(bench.word(bench.cpu.regs[4]), 0x60);
+    }
+
+    #[test]
+    fn test_far_jump_checks_name_the_selector() {
+        let cases = [(sel::BEYOND, 0x100), (sel::DATA, 0x10), (0, 0), (sel::USER64, 0x28), (sel::LDT, 0x70)];
+        for (selector, error) in cases {
+            let mut bench = through_pointer(Bench::new(1 << 20).long(CODE), true, 0x3_0000, selector);
+            bench.step();
+            assert_eq!(bench.cpu.rip, handler(13), "{selector:#x}");
+            assert_eq!(bench.word(bench.cpu.regs[4]), error, "{selector:#x}");
+        }
+    }
+
+    #[test]
+    fn test_far_jump_to_compatibility_mode_and_call_to_conforming_code() {
+        let mut bench = through_pointer(Bench::new(1 << 20).long(CODE).user(), true, 0x3_0000, sel::CONFORMING);
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.cpl, bench.cpu.code_size), (0x3_0000, 3, CodeSize::B32));
+        assert_eq!(bench.cpu.segs[seg::CS].selector, sel::CONFORMING | 3);
+    }
+
+    #[test]
+    fn test_far_call_whose_push_faults_changes_nothing() {
+        let mut bench = through_pointer(Bench::new(1 << 20).protected(CODE), false, 0x3_0000, sel::CODE32)
+            .code(&[0xff, 0x1d, 0, 0, 2, 0]);
+        bench.cpu.segs[seg::SS].limit = 0x7fff;
+        bench.cpu.regs[4] = 0x9000;
+        assert!(bench.cpu.step_raw().is_err());
+        let fault = bench.cpu.stopped_by();
+        assert_eq!((fault.vector, fault.error), (12, Some(0)));
+        assert_eq!((bench.cpu.rip, bench.cpu.regs[4]), (CODE, 0x9000));
+    }
+
+    #[test]
+    fn test_real_mode_far_jump_and_return() {
+        let mut bench = Bench::new(1 << 20);
+        bench.cpu.load_segment(seg::SS, 0).unwrap();
+        bench.cpu.segs[seg::CS].base = 0;
+        (bench.cpu.rip, bench.cpu.regs[4]) = (0x100, 0x7000);
+        bench.load(0x100, &[0x9a, 0x34, 0x12, 0x00, 0x20]);
+        bench.load(0x2_1234, &[0xcb]);
+        bench.cpu.segs[seg::CS].selector = 0;
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.segs[seg::CS].base), (0x1234, 0x2_0000));
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.segs[seg::CS].base, bench.cpu.regs[4]), (0x105, 0, 0x7000));
+    }
+}

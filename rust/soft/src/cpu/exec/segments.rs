@@ -320,3 +320,124 @@ pub const ROWS: &[Row] = rows! {
         Ltr => |b| pick(b, ltr::<true>, ltr::<false>),
     }
 };
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::fixture::{handler, sel, GDT};
+    use crate::cpu::state::seg;
+    use crate::cpu::testing::Bench;
+
+    const CODE: u64 = 0x1_0000;
+
+    /// MOV of AX to a segment register by number: its vector and error code, or none.
+    fn load(bench: Bench, index: usize, selector: u16) -> (Bench, Option<(u8, Option<u32>)>) {
+        let mut bench = bench.code(&[0x8e, 0xc0 | (index as u8) << 3]);
+        bench.cpu.regs[0] = selector as u64;
+        let fault = bench.cpu.step_raw().is_err().then(|| bench.cpu.stopped_by());
+        (bench, fault.map(|fault| (fault.vector, fault.error)))
+    }
+
+    #[test]
+    fn test_mov_to_data_segment_checks() {
+        let cases = [
+            (sel::DATA, None),
+            (sel::CONFORMING, Some((13, Some(0x48)))),
+            (sel::CODE32, None),
+            (0, None),
+            (3, None),
+            (sel::ABSENT, Some((11, Some(0x50)))),
+            (sel::BEYOND, Some((13, Some(0x100)))),
+            (sel::EXECUTE_ONLY, Some((13, Some(0x88)))),
+            (sel::LDT, Some((13, Some(0x70)))),
+            (4, Some((13, Some(4)))),
+        ];
+        for (selector, expected) in cases {
+            let mut bench = Bench::new(1 << 20).protected(CODE);
+            bench.cpu.ldtr.unusable = true;
+            // Execute-only conforming code.
+            bench.load(GDT + 0x4d, &[0x9c]);
+            let (bench, fault) = load(bench, seg::DS, selector);
+            assert_eq!(fault, expected, "{selector:#x}");
+            if expected.is_none() {
+                assert_eq!(bench.cpu.segs[seg::DS].unusable, selector < 4);
+            }
+        }
+    }
+
+    #[test]
+    fn test_mov_to_ss_checks() {
+        let cases = [
+            (sel::DATA, None),
+            (0, Some((13, Some(0)))),
+            (sel::USER_DATA, Some((13, Some(0x20)))),
+            (sel::READ_ONLY, Some((13, Some(0x80)))),
+            (sel::ABSENT, Some((12, Some(0x50)))),
+        ];
+        for (selector, expected) in cases {
+            let (_, fault) = load(Bench::new(1 << 20).protected(CODE), seg::SS, selector);
+            assert_eq!(fault, expected, "{selector:#x}");
+        }
+        let (bench, fault) = load(Bench::new(1 << 20).long(CODE), seg::SS, 0);
+        assert_eq!(fault, None);
+        assert!(bench.cpu.segs[seg::SS].unusable && bench.cpu.shadow != 0);
+    }
+
+    #[test]
+    fn test_mov_to_segment_sets_the_accessed_bit() {
+        let (bench, _) = load(Bench::new(1 << 20).protected(CODE), seg::ES, sel::READ_ONLY);
+        assert_eq!(bench.word(GDT + 0x85) & 0xff, 0x91);
+    }
+
+    #[test]
+    fn test_lar_lsl_verr_verw_report_by_zf() {
+        // lar ecx, eax; lsl edx, eax; verr ax; setz bl; verw ax; setz bh
+        let code = [0x0f, 2, 0xc8, 0x0f, 3, 0xd0, 0x0f, 0, 0xe0, 0x0f, 0x94, 0xc3, 0x0f, 0, 0xe8, 0x0f, 0x94, 0xc7];
+        let cases = [
+            (sel::DATA, 0xc0_9200, 0xffff_ffff, 0x0101),
+            (sel::READ_ONLY, 0xc0_9000, 0xffff_ffff, 0x0001),
+            (sel::EXECUTE_ONLY, 0xc0_9800, 0xffff_ffff, 0),
+            (sel::LDT, 0x00_8200, 0xff, 0),
+            (sel::BEYOND, 7, 7, 0),
+        ];
+        for (selector, access, limit, verify) in cases {
+            let mut bench = Bench::new(1 << 20).protected(CODE).code(&code);
+            (bench.cpu.regs[0], bench.cpu.regs[1], bench.cpu.regs[2]) = (selector as u64, 7, 7);
+            for _ in 0..6 {
+                bench.step();
+            }
+            let regs = bench.cpu.regs;
+            assert_eq!((regs[1], regs[2], regs[3]), (access, limit, verify), "{selector:#x}");
+        }
+    }
+
+    #[test]
+    fn test_ltr_of_a_busy_tss_is_gp() {
+        let mut bench = Bench::new(1 << 20).protected(CODE).code(&[0x0f, 0, 0xd8]);
+        bench.cpu.regs[0] = sel::TSS as u64;
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(13));
+        let mut bench = Bench::new(1 << 20).protected(CODE).code(&[0x0f, 0, 0xd8]);
+        bench.cpu.regs[0] = sel::TSS2 as u64;
+        bench.step();
+        assert_eq!(bench.cpu.tr.kind, 11);
+        assert_eq!(bench.word(GDT + sel::TSS2 as u64 + 5) & 0xff, 0x8b);
+    }
+
+    #[test]
+    fn test_pop_ss_that_faults_keeps_rsp() {
+        let mut bench = Bench::new(1 << 20).protected(CODE).code(&[0x17]);
+        bench.load(0x8000, &sel::READ_ONLY.to_le_bytes());
+        assert!(bench.cpu.step_raw().is_err());
+        assert_eq!((bench.cpu.regs[4], bench.cpu.rip), (0x8000, CODE));
+    }
+
+    #[test]
+    fn test_push_and_pop_of_fs_in_64_bit_mode() {
+        let mut bench = Bench::new(1 << 20).long(CODE).code(&[0x0f, 0xa0, 0x0f, 0xa9]);
+        bench.cpu.segs[seg::FS].selector = sel::DATA;
+        bench.step();
+        assert_eq!((bench.cpu.regs[4], bench.word(0x7ff8)), (0x7ff8, sel::DATA as u64));
+        bench.step();
+        assert_eq!((bench.cpu.regs[4], bench.cpu.segs[seg::GS].selector), (0x8000, sel::DATA));
+    }
+}

@@ -121,3 +121,81 @@ pub const ROWS: &[Row] = rows! {
         Sysexit => |_| Some(sysexit::<false>), Sysexitq => |_| Some(sysexit::<true>),
     }
 };
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::fixture::handler;
+    use crate::cpu::state::{rflags, seg, CodeSize};
+    use crate::cpu::testing::Bench;
+
+    const CODE: u64 = 0x1_0000;
+
+    fn bench(code: &[u8]) -> Bench {
+        let mut bench = Bench::new(1 << 20).long(CODE).code(code);
+        bench.cpu.msr.star = 0x001b_0008 << 32;
+        bench.cpu.msr.lstar = 0x2_0000;
+        bench.cpu.msr.sfmask = rflags::IF | rflags::DF | rflags::CF;
+        bench
+    }
+
+    #[test]
+    fn test_syscall_saves_rip_and_flags_and_masks() {
+        let mut bench = bench(&[0x0f, 0x05]).user();
+        bench.cpu.set_rflags(rflags::IF | rflags::DF | rflags::CF | rflags::ZF);
+        bench.step();
+        let cpu = &bench.cpu;
+        assert_eq!((cpu.rip, cpu.regs[1], cpu.cpl), (0x2_0000, CODE + 2, 0));
+        assert_eq!(cpu.regs[11], rflags::IF | rflags::DF | rflags::CF | rflags::ZF | 2);
+        assert_eq!(cpu.rflags(), rflags::ZF | 2);
+        assert_eq!((cpu.segs[seg::CS].selector, cpu.segs[seg::SS].selector), (8, 0x10));
+    }
+
+    #[test]
+    fn test_sysret_to_64_bit_and_to_compatibility_mode() {
+        for (code, cs, size) in [(&[0x48, 0x0f, 0x07][..], 0x2b, CodeSize::B64), (&[0x0f, 0x07], 0x1b, CodeSize::B32)] {
+            let mut bench = bench(code);
+            (bench.cpu.regs[1], bench.cpu.regs[11]) = (0x3_0000, rflags::IF | rflags::RF | rflags::VM);
+            bench.step();
+            let cpu = &bench.cpu;
+            assert_eq!((cpu.rip, cpu.cpl, cpu.code_size), (0x3_0000, 3, size));
+            assert_eq!((cpu.segs[seg::CS].selector, cpu.segs[seg::SS].selector), (cs, 0x23));
+            assert_eq!(cpu.rflags(), rflags::IF | 2);
+        }
+    }
+
+    #[test]
+    fn test_sysret_to_non_canonical_rip_is_gp_at_kernel_level() {
+        let mut bench = bench(&[0x48, 0x0f, 0x07]);
+        bench.cpu.regs[1] = 1 << 47;
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.cpl), (handler(13), 0));
+    }
+
+    #[test]
+    fn test_syscall_without_sce_or_in_compatibility_mode_is_ud() {
+        let mut off = bench(&[0x0f, 0x05]).user();
+        off.cpu.efer &= !1;
+        off.step();
+        assert_eq!(off.cpu.rip, handler(6));
+        let mut compat = bench(&[0x0f, 0x05]).user();
+        (compat.cpu.segs[seg::CS].l, compat.cpu.segs[seg::CS].db) = (false, true);
+        compat.cpu.update_modes();
+        compat.step();
+        assert_eq!(compat.cpu.rip, handler(6));
+    }
+
+    #[test]
+    fn test_sysenter_and_sysexit() {
+        let mut bench = bench(&[0x0f, 0x34]).user();
+        (bench.cpu.msr.sysenter_cs, bench.cpu.msr.sysenter_eip, bench.cpu.msr.sysenter_esp) = (8, 0x2_0000, 0x7000);
+        bench.load(0x2_0000, &[0x48, 0x0f, 0x35]);
+        bench.cpu.set_rflags(rflags::IF);
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.regs[4], bench.cpu.cpl), (0x2_0000, 0x7000, 0));
+        assert_eq!(bench.cpu.rflags(), 2);
+        (bench.cpu.regs[2], bench.cpu.regs[1]) = (0x4_0000, 0x6000);
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.regs[4], bench.cpu.cpl), (0x4_0000, 0x6000, 3));
+        assert_eq!((bench.cpu.segs[seg::CS].selector, bench.cpu.segs[seg::SS].selector), (0x2b, 0x33));
+    }
+}

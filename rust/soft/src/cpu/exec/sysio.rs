@@ -180,3 +180,64 @@ pub const ROWS: &[Row] = rows! {
         Outsb => |_| Some(outs::<u8>), Outsw => |_| Some(outs::<u16>), Outsd => |_| Some(outs::<u32>),
     }
 };
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::fixture::{handler, TSS};
+    use crate::cpu::run::RunEnd;
+    use crate::cpu::testing::Bench;
+    use crate::cpu::Exit;
+
+    const CODE: u64 = 0x1_0000;
+
+    #[test]
+    fn test_user_ports_follow_the_bitmap_to_its_last_bit() {
+        // in ax, dx at 0x7f: ports 0x7f and 0x80
+        for (bytes, allowed) in [([0x7f, 0xfe], true), ([0x7f, 0xff], false), ([0xff, 0xfe], false)] {
+            let mut bench = Bench::new(1 << 20).long(CODE).user().code(&[0x66, 0xed]);
+            bench.load(TSS + 0x68 + 0xf, &bytes);
+            bench.cpu.regs[2] = 0x7f;
+            let end = bench.cpu.step();
+            if allowed {
+                assert_eq!(end, Some(RunEnd::Exit(Exit::Io { port: 0x7f, size: 2, write: None })));
+            } else {
+                assert_eq!((end, bench.cpu.rip), (None, handler(13)));
+            }
+        }
+    }
+
+    #[test]
+    fn test_rep_outsb_gives_every_byte_in_order() {
+        let mut bench = Bench::new(1 << 20).long(CODE).code(&[0xf3, 0x6e]);
+        bench.load(0x2_0000, b"abc");
+        (bench.cpu.regs[1], bench.cpu.regs[2], bench.cpu.regs[6]) = (3, 0xe9, 0x2_0000);
+        for byte in b"abc" {
+            let exit = Exit::Io { port: 0xe9, size: 1, write: Some(*byte as u32) };
+            assert_eq!(bench.cpu.run(), RunEnd::Exit(exit));
+        }
+        assert_eq!((bench.cpu.regs[1], bench.cpu.regs[6], bench.cpu.rip), (0, 0x2_0003, CODE + 2));
+    }
+
+    #[test]
+    fn test_rep_insw_stores_what_user_space_gives() {
+        let mut bench = Bench::new(1 << 20).long(CODE).code(&[0xf3, 0x66, 0x6d, 0x0f, 0x0b]);
+        (bench.cpu.regs[1], bench.cpu.regs[2], bench.cpu.regs[7]) = (2, 0x1f0, 0x2_0000);
+        for value in [0x1111, 0x2222] {
+            assert_eq!(bench.cpu.run(), RunEnd::Exit(Exit::Io { port: 0x1f0, size: 2, write: None }));
+            bench.cpu.io.complete(value);
+        }
+        while bench.cpu.rip < CODE + 3 {
+            let _ = bench.cpu.step();
+            bench.cpu.io.retire();
+        }
+        assert_eq!(bench.word(0x2_0000), 0x2222_1111);
+    }
+
+    #[test]
+    fn test_ins_to_an_unmapped_page_faults_before_the_port_is_read() {
+        let mut bench = Bench::new(1 << 20).long(CODE).code(&[0x6c]);
+        bench.cpu.regs[7] = 0x4000_0000;
+        bench.step();
+        assert_eq!(bench.cpu.rip, handler(14));
+    }
+}
