@@ -405,7 +405,8 @@ mod tests {
     }
 
     fn call_gate(bench: &mut Bench, target: u16, offset: u64, dpl: u64, parameters: u64) {
-        let low = offset & 0xffff | offset >> 16 << 48 | (target as u64) << 16 | parameters << 32 | (0x8c | dpl << 5) << 40;
+        let low =
+            offset & 0xffff | offset >> 16 << 48 | (target as u64) << 16 | parameters << 32 | (0x8c | dpl << 5) << 40;
         bench.load(GDT + 0x60, &low.to_le_bytes());
         bench.load(GDT + 0x68, &[0; 8]);
     }
