@@ -4,11 +4,9 @@
 //! dirty log and notice stores to code. A store that crosses a page checks both pages first, so
 //! that a fault leaves nothing half written (pitfall 8).
 
-use super::mmu::{canonical, INVALID};
-use super::op::{Op, ADDR16, ADDR32, SLOW};
-use super::state::{seg, CodeSize};
-use super::walk::Access;
-use super::{vector, Cpu, Stop, R};
+use super::mmu::canonical;
+use super::op::Op;
+use super::{vector, Cpu, R};
 use crate::mem::{note_store, PAGE_SIZE};
 
 /// An operand type: u8, u16, u32, u64.
@@ -53,7 +51,7 @@ int!(u64, i64);
 /// Guest memory has no alignment; volatile keeps each access one access.
 #[derive(Clone, Copy)]
 #[repr(C, packed)]
-struct Unaligned<T>(T);
+pub(crate) struct Unaligned<T>(pub(crate) T);
 
 #[inline(always)]
 pub(crate) unsafe fn load<T: Int>(host: *const u8) -> T {
@@ -75,105 +73,6 @@ enum Place {
 }
 
 impl Cpu {
-    // ---- registers ----------------------------------------------------------------------
-
-    /// Reads the register at a byte offset of the register file.
-    #[inline(always)]
-    pub fn reg<T: Int>(&self, offset: u8) -> T {
-        debug_assert!((offset as usize) + T::SIZE <= 18 * 8);
-        // SAFETY: bound operations hold offsets within the register file.
-        unsafe { *((self.regs.as_ptr() as *const u8).add(offset as usize) as *const Unaligned<T>) }.0
-    }
-
-    /// Writes it; a 32-bit write clears the upper half, narrower ones keep the rest.
-    #[inline(always)]
-    pub fn set_reg<T: Int>(&mut self, offset: u8, value: T) {
-        debug_assert!((offset as usize) + T::SIZE <= 16 * 8);
-        // SAFETY: as reg(); a 32-bit register's offset is a multiple of 8.
-        unsafe {
-            let at = (self.regs.as_mut_ptr() as *mut u8).add(offset as usize);
-            if T::SIZE == 4 {
-                *(at as *mut u64) = value.to_u64();
-            } else {
-                *(at as *mut Unaligned<T>) = Unaligned(value);
-            }
-        }
-    }
-
-    // ---- addresses ----------------------------------------------------------------------
-
-    /// The effective address (offset in the segment), before masking.
-    #[inline(always)]
-    pub fn effective(&self, op: &Op) -> u64 {
-        // SAFETY: bound operations hold register slots below 18.
-        unsafe {
-            let base = *self.regs.get_unchecked(op.base as usize);
-            let index = *self.regs.get_unchecked(op.index as usize);
-            base.wrapping_add(index << (op.scale_seg & 3)).wrapping_add(op.disp as u64)
-        }
-    }
-
-    /// The effective address masked to the address size (LEA).
-    #[inline(always)]
-    pub fn effective_masked(&self, op: &Op) -> u64 {
-        let address = self.effective(op);
-        if op.has(ADDR32) {
-            address & 0xffff_ffff
-        } else if op.has(ADDR16) {
-            address & 0xffff
-        } else {
-            address
-        }
-    }
-
-    /// The linear address of the memory operand of `size` bytes, segment checks done.
-    #[inline(always)]
-    pub fn lin(&mut self, op: &Op, size: u64, write: bool) -> R<u64> {
-        if op.has(SLOW) {
-            return self.lin_slow(op, size, write);
-        }
-        // SAFETY: segment numbers are below 8.
-        Ok(self.effective(op).wrapping_add(unsafe { *self.seg_base.get_unchecked(op.seg()) }))
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn lin_slow(&mut self, op: &Op, size: u64, write: bool) -> R<u64> {
-        self.linear(op.seg(), self.effective_masked(op), size, write)
-    }
-
-    /// The linear address of `offset` in a segment, with the limit, type and null checks of legacy
-    /// modes. Stops with #SS(0) for the stack segment, #GP(0) else. SDM vol. 3, 5.3-5.5.
-    pub fn linear(&mut self, segment: usize, offset: u64, size: u64, write: bool) -> R<u64> {
-        if !self.legacy {
-            return Ok(offset.wrapping_add(self.seg_base[segment]));
-        }
-        let s = self.segs[segment];
-        let offset = offset & 0xffff_ffff;
-        let last = offset + (size - 1);
-        let data = s.kind & 8 == 0;
-        let expand_down = data && s.kind & 4 != 0;
-        let in_limit = if expand_down {
-            let top = if s.db { 0xffff_ffff } else { 0xffff };
-            offset > s.limit as u64 && last <= top
-        } else {
-            last <= s.limit as u64
-        };
-        let typed = !self.protected() || (if write { data && s.kind & 2 != 0 } else { data || s.kind & 2 != 0 });
-        if s.unusable || !in_limit || !typed {
-            return Err(self.address_fault(segment));
-        }
-        Ok((s.base + offset) & 0xffff_ffff)
-    }
-
-    /// #SS(0) or #GP(0).
-    #[cold]
-    pub fn address_fault(&mut self, segment: usize) -> Stop {
-        self.raise(if segment == seg::SS { vector::SS } else { vector::GP }, Some(0))
-    }
-
-    // ---- loads and stores ---------------------------------------------------------------
-
     /// Loads from a linear address; `segment` decides between #GP and #SS when it is not canonical.
     #[inline(always)]
     pub fn rd<T: Int>(&mut self, linear: u64, segment: usize) -> R<T> {
@@ -463,115 +362,5 @@ impl Cpu {
             Place::Ram(host) => Ok(Some(host)),
             Place::Mmio(_) => Ok(None),
         }
-    }
-
-    // ---- stack --------------------------------------------------------------------------
-
-    /// Width of the stack pointer in bytes: 8, 4 or 2.
-    #[inline]
-    pub fn stack_width(&self) -> u64 {
-        match (self.code_size, self.segs[seg::SS].db) {
-            (CodeSize::B64, _) => 8,
-            (_, true) => 4,
-            _ => 2,
-        }
-    }
-
-    /// The mask of the stack pointer.
-    #[inline]
-    pub fn stack_mask(&self) -> u64 {
-        match self.stack_width() {
-            8 => u64::MAX,
-            4 => 0xffff_ffff,
-            _ => 0xffff,
-        }
-    }
-
-    /// RSP under the stack's width.
-    #[inline(always)]
-    pub fn sp(&self) -> u64 {
-        if self.legacy {
-            self.regs[4] & self.stack_mask()
-        } else {
-            self.regs[4]
-        }
-    }
-
-    /// Sets RSP under the stack's width: a 16-bit stack keeps the upper bits, a 32-bit one clears them.
-    #[inline(always)]
-    pub fn set_sp(&mut self, value: u64) {
-        if !self.legacy {
-            self.regs[4] = value;
-        } else if self.stack_width() == 2 {
-            self.regs[4] = self.regs[4] & !0xffff | value & 0xffff;
-        } else {
-            self.regs[4] = value & 0xffff_ffff;
-        }
-    }
-
-    /// Loads from the stack at an absolute stack offset.
-    #[inline(always)]
-    pub fn rd_stack<T: Int>(&mut self, sp: u64) -> R<T> {
-        if self.legacy {
-            let linear = self.linear(seg::SS, sp & self.stack_mask(), T::SIZE as u64, false)?;
-            return self.rd(linear, seg::SS);
-        }
-        self.rd(sp, seg::SS)
-    }
-
-    /// Stores to the stack at an absolute stack offset.
-    #[inline(always)]
-    pub fn wr_stack<T: Int>(&mut self, sp: u64, value: T) -> R {
-        if self.legacy {
-            let linear = self.linear(seg::SS, sp & self.stack_mask(), T::SIZE as u64, true)?;
-            return self.wr(linear, value, seg::SS);
-        }
-        self.wr(sp, value, seg::SS)
-    }
-
-    /// PUSH: nothing changes when the store faults.
-    #[inline(always)]
-    pub fn push<T: Int>(&mut self, value: T) -> R {
-        let sp = self.sp().wrapping_sub(T::SIZE as u64);
-        self.wr_stack(sp, value)?;
-        self.set_sp(sp);
-        Ok(())
-    }
-
-    /// POP: RSP is raised once the load succeeded; the caller restores it if its own store faults.
-    #[inline(always)]
-    pub fn pop<T: Int>(&mut self) -> R<T> {
-        let sp = self.sp();
-        let value = self.rd_stack(sp)?;
-        self.set_sp(sp.wrapping_add(T::SIZE as u64));
-        Ok(value)
-    }
-
-    // ---- instruction fetch --------------------------------------------------------------
-
-    /// Translates an instruction address for fetching; gives its guest-physical address and the
-    /// host address when it is RAM.
-    pub fn fetch_page(&mut self, linear: u64) -> R<(u64, Option<*const u8>)> {
-        use super::mmu::Mode;
-        let access =
-            Access { exec: true, user: self.tlb.mode == Mode::User, smap: self.tlb.mode == Mode::Smap, write: false };
-        let page = self.walk(linear, access)?;
-        let slots = self.slots.clone();
-        let Some(slot) = slots.find(page.gpa) else {
-            return Ok((page.gpa, None));
-        };
-        // SAFETY: gpa lies within the slot.
-        let host = unsafe { slot.host.add((page.gpa - slot.gpa) as usize) };
-        let old = *self.entry(linear);
-        let keep_write = old.w == (linear & !0xfff) | self.asid;
-        if !self.uncached() {
-            self.install(linear, (host as usize & !0xfff) as *mut u8, page.readable, keep_write, true);
-        }
-        Ok((page.gpa, Some(host)))
-    }
-
-    /// Drops the cached translations of one linear page in the current mode (tests).
-    pub fn forget(&mut self, linear: u64) {
-        self.entry(linear).r = INVALID;
     }
 }

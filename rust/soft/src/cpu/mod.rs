@@ -9,7 +9,7 @@
 //! | `alu.rs` | integer arithmetic with exact flags, by the host's own instructions |
 //! | `state.rs` | segments, control registers' bits, flags image, resets |
 //! | `mmu.rs`, `walk.rs` | the software TLB, page walks |
-//! | `access.rs` | guest memory accesses of handlers |
+//! | `operand.rs`, `access.rs`, `stack.rs` | operands and guest memory accesses of handlers |
 //! | `io.rs` | port and MMIO accesses, in-engine or as exits |
 //! | `op.rs`, `bind.rs`, `table.rs` | decoded operations and the opcode table |
 //! | `block.rs`, `run.rs` | decoded blocks and the main loop |
@@ -31,8 +31,10 @@ pub mod io;
 pub mod mmu;
 pub mod msr;
 pub mod op;
+pub mod operand;
 pub mod run;
 pub mod segment;
+pub mod stack;
 pub mod state;
 pub mod table;
 pub mod task;
