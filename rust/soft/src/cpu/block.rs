@@ -163,6 +163,19 @@ unsafe fn fall_through(cpu: &mut Cpu, op: &Op) -> R {
     Err(Stop::Branch)
 }
 
+/// Whether the decoder gave up because 15 bytes did not suffice, which it calls an invalid instruction too.
+fn too_long(bits: u32, bytes: &[u8]) -> bool {
+    let Some(short) = bytes.get(..MAX_INSTRUCTION - 1).filter(|_| bytes.len() >= MAX_INSTRUCTION) else { return false };
+    let mut decoder = Decoder::new(bits, short, DecoderOptions::NONE);
+    let _ = decoder.decode();
+    decoder.last_error() == DecoderError::NoMoreBytes
+}
+
+/// An instruction of more than 15 bytes: #GP(0). SDM vol. 2, 2.3.11.
+unsafe fn longer_than_15(cpu: &mut Cpu, _: &Op) -> R {
+    Err(cpu.gp(0))
+}
+
 /// What a stale block's operations become: leave before executing this one.
 unsafe fn cut(_: &mut Cpu, _: &Op) -> R {
     Err(Stop::Again)
@@ -295,6 +308,9 @@ impl Cpu {
             let start = end;
             end += ins.len();
             let mut op = bind(&ins, &bytes[start..end], self.code_size, &mut self.blocks.thunks);
+            if error == DecoderError::InvalidInstruction && too_long(bits, &bytes[start..]) {
+                op.f = longer_than_15;
+            }
             op.end = end as u8;
             ops.push(op);
             if error != DecoderError::None || ends_block(&ins) {
@@ -354,7 +370,6 @@ impl Cpu {
         let mut ops = Vec::with_capacity(2);
         let (end, linkable, _) = self.decode(&bytes, 1, &mut ops);
         if ops.is_empty() {
-            // Longer than 15 bytes: #GP(0). SDM vol. 2, 2.3.11.
             return Err(self.gp(0));
         }
         Ok(self.keep(key, ops, end, linkable, (word, generation), Some((gpa2, word2, generation2))))

@@ -39,6 +39,15 @@ impl Io {
         self.used = 0;
     }
 
+    /// One iteration of a repeated instruction is done and its registers say so: executing the instruction again
+    /// starts behind it, so its values must not be taken for those of the next.
+    #[inline(always)]
+    pub fn retire_iteration(&mut self) {
+        if self.in_progress() {
+            self.retire();
+        }
+    }
+
     fn next(&mut self) -> Option<u64> {
         let value = self.done.get(self.used).copied();
         self.used += value.is_some() as usize;

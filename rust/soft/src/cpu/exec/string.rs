@@ -147,6 +147,7 @@ fn repeat(cpu: &mut Cpu, op: &Op, mut chunk: impl FnMut(&mut Cpu, u64) -> R<u64>
     while count != 0 {
         count -= chunk(cpu, count)?;
         cpu.set_address_reg(RCX, count, op);
+        cpu.io.retire_iteration();
         if count != 0 && cpu.wants_attention() {
             return Err(Stop::Again);
         }
@@ -251,6 +252,7 @@ fn repeat_while(cpu: &mut Cpu, op: &Op, mut once: impl FnMut(&mut Cpu) -> R) -> 
         once(cpu)?;
         count -= 1;
         cpu.set_address_reg(RCX, count, op);
+        cpu.io.retire_iteration();
         let equal = cpu.flags & 0x4000 != 0;
         if equal == op.has(REPNE) {
             break;

@@ -9,6 +9,8 @@ use kvm_bindings::kvm_pit_channel_state;
 /// Input clock of a PC's 8254.
 const FREQUENCY_HZ: u128 = 1_193_182;
 const NS_PER_S: u128 = 1_000_000_000;
+/// What KVM calls the mode of a channel that was never programmed.
+const KVM_MODE_UNSET: u8 = 0xff;
 
 /// Which byte of a count comes next; the numbers are those of `kvm_pit_channel_state`.
 pub(super) const STATE_LSB: u8 = 1;
@@ -317,7 +319,7 @@ impl Counter {
         let bcd = state.bcd != 0;
         let limit = if bcd { 10_000 } else { 0x1_0000 };
         let valid = state.count <= limit
-            && state.mode <= 5
+            && (state.mode <= 5 || state.mode == KVM_MODE_UNSET)
             && state.rw_mode <= 3
             && state.count_latched <= STATE_WORD1
             && state.read_state <= STATE_WORD1
@@ -326,7 +328,8 @@ impl Counter {
             return None;
         }
         let mut counter = Self::new(state.gate != 0);
-        counter.mode = state.mode;
+        // KVM shows a channel nobody has programmed as mode 0xff and counting from the whole range.
+        counter.mode = if state.mode == KVM_MODE_UNSET { 0 } else { state.mode };
         counter.bcd = bcd;
         // A channel nobody has programmed is all zeroes there.
         counter.rw_mode = if state.rw_mode == 0 { 3 } else { state.rw_mode };
@@ -336,7 +339,7 @@ impl Counter {
         counter.latched_count = state.latched_count;
         counter.count_latched = state.count_latched;
         counter.latched_status = (state.status_latched != 0).then_some(state.status);
-        if state.count != 0 && state.count_load_time != 0 {
+        if state.mode != KVM_MODE_UNSET && state.count != 0 && state.count_load_time != 0 {
             counter.reload = state.count.max(if counter.is_periodic() { 2 } else { 1 });
             counter.start(now_ns);
         }
