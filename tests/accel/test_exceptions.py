@@ -31,7 +31,7 @@ CASES = {
     "opcode without meaning in long mode": ("fault: .byte 0x06", (UD, 0, "fault")),
     "lock on a register": ("fault: .byte 0xf0, 0x01, 0xc0", (UD, 0, "fault")),
     "lock on a move": ("mov ebx, FREE; fault: .byte 0xf0, 0x89, 0x03", (UD, 0, "fault")),
-    "int through a gate that is absent": ("mov byte ptr ds:[IDT + 16 * 0x70 + 5], 0; fault: int 0x70", (NP, 0x70 * 8 + 2, "fault")),
+    "int through a gate that is absent": ("mov byte ptr ds:[IDT + 16 * 0x70 + 5], 0x0e; fault: int 0x70", (NP, 0x70 * 8 + 2, "fault")),
     "int beyond the IDT's limit": ("sub rsp, 16; mov word ptr [rsp], 0x4ff; mov qword ptr [rsp + 2], IDT; lidt [rsp]; fault: int 0x50", (GP, 0x50 * 8 + 2, "fault")),
     "load of an absent segment": ("mov rax, 0x00cf13000000ffff; mov ds:[GDT + 0x70], rax; mov eax, 0x70; fault: mov ds, ax", (NP, 0x70, "fault")),
     "stack segment that is absent": ("mov rax, 0x00cf13000000ffff; mov ds:[GDT + 0x70], rax; mov eax, 0x70; fault: mov ss, ax", (SS, 0x70, "fault")),

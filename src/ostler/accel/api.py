@@ -281,7 +281,7 @@ class VM(Protocol):
         """Set a GSI's line to 0 or 1."""
 
     def signal_msi(self, address: int, data: int) -> bool:
-        """Send a message-signalled interrupt; false if the guest blocked it."""
+        """Send a message-signalled interrupt; false if no processor took it."""
 
     def irqfd(self, fd: int, gsi: int, *, resample_fd: int | None = None, deassign: bool = False) -> None:
         """Tie an eventfd to a GSI; with `resample_fd` level-triggered, signalled at each EOI."""
