@@ -3,7 +3,7 @@
 use super::{get, put, Answer};
 use crate::cpu::state::{cr0, rflags};
 use crate::cpu::walk::Access;
-use crate::cpu::{attention, vector, Cpu, Fault};
+use crate::cpu::{vector, Cpu, Fault};
 use kvm_bindings::*;
 
 /// Bits of KVM_SET_GUEST_DEBUG that x86 has.
@@ -86,8 +86,7 @@ pub(crate) fn set_debugregs(cpu: &mut Cpu, arg: &[u8]) -> Answer {
     cpu.dr[..4].copy_from_slice(&regs.db);
     cpu.dr[6] = regs.dr6 & 0xe00f | 0xffff_0ff0;
     cpu.dr[7] = regs.dr7 & 0xffff_2bff | 0x400;
-    // Whether single steps are wanted is found out at the next entry.
-    cpu.shared.raise(attention::SINGLE);
+    cpu.breakpoints_changed();
     Ok(0)
 }
 
@@ -110,7 +109,7 @@ pub(crate) fn set_guest_debug(cpu: &mut Cpu, arg: &[u8]) -> Answer {
     cpu.guest_debug = if on { debug.control & !(KVM_GUESTDBG_INJECT_DB | KVM_GUESTDBG_INJECT_BP) } else { 0 };
     let hardware = on && debug.control & KVM_GUESTDBG_USE_HW_BP != 0;
     cpu.guest_debug_dr = if hardware { debug.arch.debugreg } else { [0; 8] };
-    cpu.shared.raise(attention::SINGLE);
+    cpu.breakpoints_changed();
     Ok(0)
 }
 
