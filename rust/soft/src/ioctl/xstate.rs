@@ -1,10 +1,16 @@
 //! Extended state: KVM_GET/SET_FPU, XSAVE, XCRS.
 
-use super::{get, put, Answer};
+use super::{get, get_at, put, put_at, Answer};
 use crate::cpu::Cpu;
+use crate::host::fpstate::YMM_HIGH;
 use crate::host::kvm::{self, KVM_XSAVE_BYTES};
 use crate::host::xsave::{xcr0_is_valid, COMPONENTS};
 use kvm_bindings::{kvm_xcr, kvm_xcrs};
+
+/// Where XSTATE_BV lies in an image.
+const XSTATE_BV: usize = 512;
+/// Behind the last component the engine has.
+const COMPONENTS_END: usize = YMM_HIGH + 256;
 
 /// KVM_GET_FPU.
 pub(crate) fn get_fpu(cpu: &Cpu, arg: &mut [u8]) -> Answer {
@@ -24,10 +30,16 @@ pub(crate) fn get_xsave(cpu: &Cpu, arg: &mut [u8]) -> Answer {
     Ok(0)
 }
 
-/// KVM_SET_XSAVE.
+/// KVM_SET_XSAVE. An image from another host may say that components are in use which the guest's
+/// model does not have (KVM's says so of PKRU): without content they are no loss.
 pub(crate) fn set_xsave(cpu: &mut Cpu, arg: &[u8]) -> Answer {
     let region = arg.get(..KVM_XSAVE_BYTES).and_then(|region| region.try_into().ok()).ok_or(libc::EFAULT)?;
-    kvm::set_xsave(&mut cpu.fp, region, COMPONENTS).map_err(|_| libc::EINVAL)?;
+    let mut region: [u8; KVM_XSAVE_BYTES] = region;
+    if region[COMPONENTS_END..].iter().all(|&byte| byte == 0) {
+        let known = get_at::<u64>(&region, XSTATE_BV)? & COMPONENTS;
+        put_at(&mut region, XSTATE_BV, &known)?;
+    }
+    kvm::set_xsave(&mut cpu.fp, &region, COMPONENTS).map_err(|_| libc::EINVAL)?;
     Ok(0)
 }
 
