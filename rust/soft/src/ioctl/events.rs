@@ -14,8 +14,8 @@ const FLAGS: u32 = KVM_VCPUEVENT_VALID_NMI_PENDING
 
 /// KVM_GET_VCPU_EVENTS.
 pub(crate) fn get_events(cpu: &mut Cpu, local: &Local, arg: &mut [u8]) -> Answer {
-    let mut events = kvm_vcpu_events::default();
-    events.flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM;
+    let flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM;
+    let mut events = kvm_vcpu_events { flags, ..Default::default() };
     if let Some(fault) = cpu.pending.exception {
         events.exception.injected = 1;
         events.exception.nr = fault.vector;
