@@ -168,13 +168,13 @@ def test_run_port_and_memory_reads_come_back(guest: Callable[..., GuestSpec], co
     assert console.output() == b"ab"
 
 
-def test_run_input_waits_for_dtr_and_arrives_whole(guest: Callable[..., GuestSpec], console: Console) -> None:
+def test_run_input_waits_for_rts_and_arrives_whole(guest: Callable[..., GuestSpec], console: Console) -> None:
     received = bytearray()
     text = bytes(range(32, 120)) * 3
 
     def script() -> Script:
         yield Out(COM1 + 2, 0x01)
-        yield Out(COM1 + 4, 0x09)
+        yield Out(COM1 + 4, 0x0A)
         yield Out(COM1 + 1, 0x01)
         while len(received) < len(text):
             if (yield In(COM1 + 5)) & 1:

@@ -148,10 +148,11 @@ class Serial:
     def room(self) -> int:
         """How many bytes `receive` would take now.
 
-        The other side waits for DTR, as a terminal with hardware flow control does: a driver that
-        is not open yet would clear the FIFO when it comes. In loopback the wire is cut.
+        The other side waits for RTS, as hardware flow control has it: a driver that only probes the
+        port clears the FIFO again and again, and what was typed ahead with it. In loopback the wire
+        is cut.
         """
-        if self._state.mcr & (MCR.LOOP | MCR.DTR) != MCR.DTR:
+        if self._state.mcr & (MCR.LOOP | MCR.RTS) != MCR.RTS:
             return 0
         return max(self._depth - len(self._rx), 0)
 

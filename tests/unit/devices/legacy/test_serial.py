@@ -47,7 +47,7 @@ class Port:
         self.uart.write(offset, 1, value)
 
     def enable(self, interrupts: int, *, fifo: int = 0) -> None:
-        self.put(MCR_AT, MCR.OUT2 | MCR.DTR)
+        self.put(MCR_AT, MCR.OUT2 | MCR.RTS)
         self.put(MSR_AT, 0)
         self.put(IIR_AT, fifo)
         self.put(IER_AT, interrupts)
@@ -114,7 +114,7 @@ def test_receive_full_fifo_refuses_rest_and_reports_room_when_empty() -> None:
     port = Port()
     port.put(IIR_AT, FCR.ENABLE)
     assert port.uart.receive(b"nobody listens") == 0
-    port.put(MCR_AT, MCR.DTR)
+    port.put(MCR_AT, MCR.RTS)
     assert port.rooms == 1
     data = bytes(range(FIFO_SIZE + 4))
     assert port.uart.receive(data) == FIFO_SIZE
@@ -162,10 +162,10 @@ def test_line_status_interrupt_has_priority_and_modem_the_lowest() -> None:
 def test_interrupt_without_out2_stays_off_the_line() -> None:
     port = Port()
     port.put(IER_AT, IER.RX_DATA)
-    port.put(MCR_AT, MCR.DTR)
+    port.put(MCR_AT, MCR.RTS)
     port.uart.receive(b"x")
     assert port.irq.levels == []
-    port.put(MCR_AT, MCR.DTR | MCR.OUT2)
+    port.put(MCR_AT, MCR.RTS | MCR.OUT2)
     assert port.irq.levels == [1]
 
 
