@@ -22,7 +22,15 @@ from ostler.boot.acpi import AcpiPlatform
 from ostler.bus import MmioBus, PortBus
 from ostler.devices.acpi import pm
 from ostler.devices.legacy import debug, fw_cfg
-from ostler.devices.legacy.reset import KeyboardReset, ResetPort, Scratch, SystemControl
+from ostler.devices.legacy.reset import (
+    PCI_ADDRESS_PORT,
+    PCI_ADDRESS_PORTS,
+    RESET_OFFSET,
+    KeyboardReset,
+    ResetPort,
+    Scratch,
+    SystemControl,
+)
 from ostler.devices.legacy.rtc import CENTURY, Rtc
 from ostler.devices.legacy.serial import PORT_COUNT as SERIAL_PORTS
 from ostler.devices.legacy.serial import Serial
@@ -34,7 +42,7 @@ from ostler.memory.layout import IOAPIC_BASE, LAPIC_BASE, LOW_RAM_LIMIT, TEST_ME
 
 COM1_PORT, COM1_IRQ = 0x3F8, 4
 RTC_PORT, RTC_IRQ = 0x70, 8
-KEYBOARD_PORT, SYSTEM_CONTROL_PORT, RESET_PORT = 0x60, 0x92, 0xCF9
+KEYBOARD_PORT, SYSTEM_CONTROL_PORT = 0x60, 0x92
 SCRATCH_PORTS = (0x80, 0xED)
 RESET_VALUE = 0x06
 IOAPIC_ID = 0
@@ -109,7 +117,7 @@ class Board:
             pm1_control_port=pm.PM_BASE + pm.PM1_CONTROL_OFFSET,
             pm_timer_port=pm.PM_BASE + pm.PM_TIMER_OFFSET,
             sci_gsi=pm.SCI_GSI,
-            reset_port=RESET_PORT,
+            reset_port=PCI_ADDRESS_PORT + RESET_OFFSET,
             reset_value=RESET_VALUE,
             sleep_type_s5=pm.SLEEP_TYPE_S5,
             serial_ports=((COM1_PORT, COM1_IRQ),),
@@ -158,7 +166,7 @@ class Board:
         ports.claim("keyboard command", KEYBOARD_PORT + 4, 1, _Shifted(keyboard, 4))
         ports.claim("RTC", RTC_PORT, 2, self.rtc)
         ports.claim("system control", SYSTEM_CONTROL_PORT, 1, control)
-        ports.claim("reset control", RESET_PORT, 1, reset)
+        ports.claim("reset control", PCI_ADDRESS_PORT, PCI_ADDRESS_PORTS, reset, max_width=4)
         ports.claim("fw_cfg", fw_cfg.FW_CFG_PORT, fw_cfg.FW_CFG_PORTS, firmware, max_width=2)
         for port in SCRATCH_PORTS:
             scratch = self._stateful[f"scratch {port:#x}"] = Scratch()
