@@ -8,8 +8,12 @@
 //! rflags 0x202
 //! bases 0x0 0x0
 //! fx 7f03...
+//! put 0 7e03
 //! fill 0
+//! poke 0x20000000 0102
 //! ```
+//!
+//! `put` changes bytes of the FXSAVE image, `poke` of memory.
 
 use crate::layout::*;
 use iced_x86::{Decoder, DecoderOptions};
@@ -83,6 +87,12 @@ fn parse_line(case: &mut Case, name: &str, rest: &str) -> Result<(), String> {
         "rflags" => case.state.rflags = number(rest)?,
         "bases" => [case.state.fs, case.state.gs] = numbers()?.try_into().map_err(|_| wrong("2 numbers"))?,
         "fx" => case.state.fx = unhex(rest)?.try_into().map_err(|_| wrong("416 bytes"))?,
+        "put" => {
+            let (offset, bytes) = rest.split_once(' ').ok_or_else(|| wrong("an offset and bytes"))?;
+            let (offset, bytes) = (number(offset)? as usize, unhex(bytes)?);
+            let place = offset.checked_add(bytes.len()).and_then(|end| case.state.fx.get_mut(offset..end));
+            place.ok_or_else(|| wrong("an offset within the image"))?.copy_from_slice(&bytes);
+        }
         "fill" => case.fill = number(rest)?,
         "poke" => {
             let (address, bytes) = rest.split_once(' ').ok_or_else(|| wrong("an address and bytes"))?;

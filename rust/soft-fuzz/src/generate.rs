@@ -23,6 +23,8 @@ pub struct Generator<'a> {
     pub rng: Rng,
     /// What registers hold at this point of the sequence.
     pub kinds: [Kind; 16],
+    /// This sequence may use XRSTOR; otherwise the XSAVE family.
+    pub restores: bool,
     rows: Vec<(Class, Vec<Form>)>,
     user: Vec<usize>,
     simd: Vec<usize>,
@@ -50,6 +52,7 @@ impl<'a> Generator<'a> {
         Self {
             rng: Rng::new(seed),
             kinds: [Kind::Value; 16],
+            restores: false,
             user: of(Class::User),
             simd: of(Class::Simd),
             branch: of(Class::Branch),
@@ -65,6 +68,7 @@ impl<'a> Generator<'a> {
         let kinds = self.initial_kinds();
         self.kinds = kinds;
         self.items.clear();
+        self.restores = self.rng.percent(40);
         let length = 1 + self.rng.below(MAX_LENGTH);
         // Some sequences keep to one family: their state then stays interesting for it.
         let family = self.rng.below(8);
@@ -353,8 +357,9 @@ impl<'a> Generator<'a> {
     pub fn emit(&mut self, form: &Form, choice: &Choice, glued: bool) -> bool {
         let encoded = form.encode(choice);
         let Some(instruction) = decode(&encoded.bytes) else { return false };
-        if !choice.noise.is_empty() && instruction.code() != form.code && form.branch {
-            return false;
+        let undefined = if is_laundered(&instruction) { undefined_flags(&instruction) } else { 0 };
+        if undefined != 0 {
+            self.ensure(RSP, Kind::Stack);
         }
         let mut item = Item { glued, ..Item::default() };
         if let Some(address) = choice.memory.filter(|address| address.rip) {
@@ -368,12 +373,27 @@ impl<'a> Generator<'a> {
         self.note(&instruction);
         item.bytes = encoded.bytes;
         self.items.push(item);
+        if undefined != 0 {
+            self.launder(undefined);
+        }
         true
     }
 
-    /// `xor edx, edx`, glued to the item before it.
-    pub fn glued_zero_edx(&mut self) {
-        self.raw(&[0x31, 0xd2], true);
+    /// Clears flags that the manual leaves undefined, and keeps the others:
+    /// `pushfq`; `and qword ptr [rsp], mask`; `popfq`.
+    fn launder(&mut self, undefined: u32) {
+        self.raw(&[0x9c], true);
+        let mut clear = vec![0x48, 0x81, 0x24, 0x24];
+        clear.extend_from_slice(&(!undefined).to_le_bytes());
+        self.raw(&clear, true);
+        self.raw(&[0x9d], true);
+    }
+
+    /// Glues the last item to the one before it.
+    pub fn glue(&mut self) {
+        if let Some(item) = self.items.last_mut() {
+            item.glued = true;
+        }
     }
 
     fn note_writes(&mut self, bytes: &[u8]) {
@@ -401,6 +421,27 @@ impl<'a> Generator<'a> {
             }
         }
     }
+}
+
+/// Instructions whose undefined flags the interpreter does not take from the same instruction of the
+/// host: rotates and shifts by an immediate (it has the form with CL), BMI (it computes the result).
+fn is_laundered(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        instruction.mnemonic(),
+        M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shl | M::Sal | M::Shr | M::Sar | M::Shld | M::Shrd
+    ) || matches!(instruction.mnemonic(), M::Andn | M::Bextr | M::Blsi | M::Blsmsk | M::Blsr | M::Bzhi)
+}
+
+/// RFLAGS bits that the instruction leaves undefined.
+fn undefined_flags(instruction: &Instruction) -> u32 {
+    use iced_x86::RflagsBits as B;
+    let undefined = instruction.rflags_undefined();
+    let by_immediate = instruction.op1_kind() == iced_x86::OpKind::Immediate8 && instruction.immediate8() & 0x1f > 1;
+    // Also where a rotate through CF by the whole width changes nothing else.
+    let undefined = if by_immediate { undefined | B::OF } else { undefined };
+    let bits = [(B::OF, 0x800), (B::SF, 0x80), (B::ZF, 0x40), (B::AF, 0x10), (B::PF, 4), (B::CF, 1)];
+    bits.iter().filter(|(bit, _)| undefined & bit != 0).map(|(_, value)| value).sum()
 }
 
 /// Decodes an instruction that must fill the bytes, be an encoding that may run here, and have a row.

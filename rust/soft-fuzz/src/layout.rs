@@ -34,6 +34,9 @@ pub const FNSAVE_IMAGE: u64 = 0x2800;
 /// Offset in the data area of valid MXCSR values, then of x87 control words.
 pub const CONTROL_WORDS: u64 = 0x2900;
 
+/// Offset in the data area of the image that only XSAVEOPT writes to on purpose.
+pub const XSAVEOPT_IMAGE: u64 = 0x2c00;
+
 /// Byte offsets in an FXSAVE image.
 pub mod fx {
     /// Control word.
@@ -174,6 +177,15 @@ pub enum End {
     Unsafe,
     /// The interpreter gave up: always a mismatch.
     Broken(&'static str),
+}
+
+impl End {
+    /// An exception. Whether a page fault beyond the areas says that there is a page is dropped: the
+    /// kernel claims so for its own half, and it has pages of its own at the top of the lower half.
+    pub fn fault(vector: u8, error: u32, address: u64) -> Self {
+        let foreign = vector == 14 && !(CODE - 0x1000..STACK + 0x10_0000).contains(&address);
+        Self::Fault { vector, error: if foreign { error & !1 } else { error }, address }
+    }
 }
 
 /// What an execution left behind.

@@ -337,13 +337,8 @@ impl Drop for Native {
 fn fault(c: &Context) -> End {
     let vector = c.vector as u8;
     let with_error = matches!(vector, 8 | 10..=14 | 17);
-    let mut error = if with_error { c.error as u32 } else { 0 };
-    let address = if vector == 14 { c.address } else { 0 };
-    // The kernel claims a protection fault for all addresses of its own half, to tell nothing.
-    if vector == 14 && (address as i64) < 0 {
-        error &= !1;
-    }
-    End::Fault { vector, error, address }
+    let error = if with_error { c.error as u32 } else { 0 };
+    End::fault(vector, error, if vector == 14 { c.address } else { 0 })
 }
 
 /// The code area twice: executable at its address, writable somewhere else.

@@ -4,7 +4,7 @@
 use crate::encode::{Choice, Form, Rm};
 use crate::generate::{Generator, Need, RSP};
 use crate::layout::*;
-use crate::values::Kind;
+use crate::values::{self, Kind};
 use iced_x86::Mnemonic as M;
 
 const RAX: u8 = 0;
@@ -93,13 +93,22 @@ fn string(g: &mut Generator, form: &Form) -> bool {
         }
         choice.prefix = Some(if g.rng.percent(60) { 0xf3 } else { 0xf2 });
     }
-    if g.rng.percent(5) {
+    let short = g.rng.percent(5);
+    if short {
+        // What a count of zero does to the registers' upper halves depends on the CPU.
+        let count = 1 + g.rng.below(24);
+        g.load(RCX, count, Kind::Small);
+        for register in [RSI, RDI] {
+            let value = values::pointer(&mut g.rng);
+            g.load(register, value, Kind::Pointer);
+            g.glue();
+        }
         choice.noise.push(0x67);
     }
     if form.si && g.rng.percent(5) {
         choice.noise.push(g.rng.pick(&[0x26, 0x2e, 0x36, 0x3e]));
     }
-    g.emit(form, &choice, false)
+    g.emit(form, &choice, short)
 }
 
 fn branch(g: &mut Generator, form: &Form) -> bool {
@@ -242,7 +251,16 @@ fn at_image(g: &mut Generator, form: &Form, image: u64, count: u64, step: u64) -
 
 /// XSAVE and its kin: only x87 and SSE are asked for, the rest of the host's state is its own.
 fn xsave(g: &mut Generator, form: &Form) -> bool {
-    let offset = XSAVE_IMAGES + g.rng.below(2) * 0x400;
+    // A component that was set to its initial state and touched since: whether it counts as in use
+    // depends on the CPU. So no sequence both restores and saves.
+    let restores = matches!(form.code.mnemonic(), M::Xrstor | M::Xrstor64);
+    if restores != g.restores {
+        return false;
+    }
+    // XSAVEOPT leaves out what did not change since an XRSTOR of the same image, which depends on the
+    // CPU: it has an image of its own.
+    let optimised = matches!(form.code.mnemonic(), M::Xsaveopt | M::Xsaveopt64);
+    let offset = if optimised { XSAVEOPT_IMAGE } else { XSAVE_IMAGES + g.rng.below(2) * 0x400 };
     let odd = if g.rng.percent(3) { g.rng.below(64) } else { 0 };
     let mut choice = g.choose(form, Need { align: 1, at: Some(offset + odd) });
     choice.noise.clear();
@@ -253,6 +271,7 @@ fn xsave(g: &mut Generator, form: &Form) -> bool {
     }
     let mask = g.rng.below(4);
     g.load(RAX, mask, Kind::Small);
-    g.glued_zero_edx();
+    g.load(RDX, 0, Kind::Small);
+    g.glue();
     g.emit(form, &choice, true)
 }

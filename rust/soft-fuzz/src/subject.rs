@@ -35,6 +35,7 @@ pub struct Subject {
     pool_used: usize,
     next_table: usize,
     xcr0: u64,
+    placed: (u64, usize),
     pages: Vec<(u64, usize)>,
 }
 
@@ -63,7 +64,16 @@ impl Subject {
         let slots = Arc::new(SlotMap::new(vec![slot.clone()]));
         let cpu = Cpu::new(0, slots, Arc::new(Shared::default()), Box::new(NoBoard));
         let xcr0 = host_xcr0();
-        let mut subject = Self { cpu, slot, ram, pool_used: 0, next_table: TABLES + PAGE, xcr0, pages: Vec::new() };
+        let mut subject = Self {
+            cpu,
+            slot,
+            ram,
+            pool_used: 0,
+            next_table: TABLES + PAGE,
+            xcr0,
+            placed: (CODE, 0),
+            pages: Vec::new(),
+        };
         subject.map_areas();
         subject.enter_user_mode();
         Ok(subject)
@@ -152,7 +162,10 @@ impl Subject {
     /// Puts a case's code in its place; blocks decoded from what was there become stale.
     pub fn place(&mut self, case: &Case) {
         let image = case.image();
+        let (before, size) = self.placed;
+        self.store(before, &vec![0xcc; size]);
         self.store(case.state.rip, &image);
+        self.placed = (case.state.rip, image.len());
         let ram = self.ram as usize;
         let slot = self.slot.clone();
         self.each_page(case.state.rip, image.len(), |host, range| {
@@ -207,11 +220,7 @@ impl Subject {
             Stop::Fault => {
                 let fault = self.cpu.stopped_by();
                 let address = if fault.vector == 14 { fault.payload } else { 0 };
-                let mut error = fault.error.unwrap_or(0);
-                if fault.vector == 14 && (address as i64) < 0 {
-                    error &= !1; // as the native side has it
-                }
-                End::Fault { vector: fault.vector, error, address }
+                End::fault(fault.vector, fault.error.unwrap_or(0), address)
             }
             _ => End::Broken("an exit to user space"),
         }

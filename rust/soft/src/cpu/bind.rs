@@ -114,8 +114,22 @@ impl<'a> Binder<'a> {
             flags |= if set { flag } else { 0 };
         }
         self.op.flags = flags;
-        let segment = ins.memory_segment();
-        self.op.scale_seg = segment_number(segment).unwrap_or(3) << 2;
+        self.op.scale_seg = self.segment() << 2;
+    }
+
+    /// The memory operand's segment. In 64-bit mode override prefixes of ES, CS, SS and DS are ignored,
+    /// also for the choice between #SS and #GP.
+    fn segment(&self) -> u8 {
+        const SS: u8 = 2;
+        const DS: u8 = 3;
+        let segment = segment_number(self.ins.memory_segment()).unwrap_or(DS);
+        if self.size != CodeSize::B64 || segment > DS {
+            return segment;
+        }
+        match self.ins.memory_base() {
+            Register::RSP | Register::RBP | Register::ESP | Register::EBP => SS,
+            _ => DS,
+        }
     }
 
     fn address_size(&mut self, bytes: usize) {

@@ -201,9 +201,9 @@ impl FpState {
         self.u64_at(FDP)
     }
 
-    /// Sets the last operand's offset.
+    /// Sets the last operand's offset; unlike FIP it keeps all its bits.
     pub fn set_fdp(&mut self, offset: u64) {
-        self.put_u64(FDP, canonical(offset));
+        self.put_u64(FDP, offset);
     }
 
     /// SSE control and status.

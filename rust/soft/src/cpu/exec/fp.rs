@@ -7,7 +7,7 @@ use crate::cpu::bind::{Binder, Kind};
 use crate::cpu::op::{Handler, Op, OP64};
 use crate::cpu::state::{cr0, cr4, CodeSize};
 use crate::cpu::table::Row;
-use crate::cpu::{vector, Cpu, R};
+use crate::cpu::{vector, Cpu, Stop, R};
 use crate::host::classify::Class;
 use crate::host::fpstate::x87_pending;
 use crate::host::fxsave::{fxrstor, fxsave, Format, FXSAVE_BYTES};
@@ -74,7 +74,9 @@ fn with_operand(cpu: &mut Cpu, op: &Op, thunk: &Thunk, scratch: &mut Scratch) ->
     }
     let masked = matches!(thunk.mem, MemAccess::MaskedWrite(_));
     if writes != 0 && !masked {
-        cpu.probe_write_fast(linear, writes as u64, op.seg())?;
+        if let Err(stop) = cpu.probe_write_fast(linear, writes as u64, op.seg()) {
+            return store_refused(cpu, op, thunk, scratch, stop);
+        }
     }
     if !execute(cpu, op, thunk, scratch)? {
         return Ok(());
@@ -84,6 +86,21 @@ fn with_operand(cpu: &mut Cpu, op: &Op, thunk: &Thunk, scratch: &mut Scratch) ->
     }
     if writes != 0 {
         cpu.wr_operand(linear, &scratch.0[..writes], op.seg())?;
+    }
+    Ok(())
+}
+
+/// The operand cannot be written. An x87 store that meets an unmasked exception does not get as far
+/// as memory: it completes, and its exception is pending.
+#[cold]
+fn store_refused(cpu: &mut Cpu, op: &Op, thunk: &Thunk, scratch: &mut Scratch, stop: Stop) -> R {
+    if thunk.class != Class::X87 || stop != Stop::Fault {
+        return Err(stop);
+    }
+    let (before, fault) = (cpu.fp.clone(), cpu.fault);
+    if execute(cpu, op, thunk, scratch)? {
+        (cpu.fp, cpu.fault) = (before, fault);
+        return Err(stop);
     }
     Ok(())
 }
@@ -100,9 +117,9 @@ fn execute(cpu: &mut Cpu, op: &Op, thunk: &Thunk, scratch: &mut Scratch) -> R<bo
         real_mode: !cpu.protected(),
     };
     let Some(regs) = cpu.regs.first_chunk_mut::<16>() else { unreachable!("the file has 18 slots") };
-    match exec(thunk, regs, &mut cpu.fp, scratch, &mut context) {
-        Outcome::Done => {}
-        Outcome::DoneWithoutStore => return Ok(false),
+    let outcome = exec(thunk, regs, &mut cpu.fp, scratch, &mut context);
+    match outcome {
+        Outcome::Done | Outcome::DoneWithoutStore => {}
         Outcome::Xm if cpu.cr4 & cr4::OSXMMEXCPT != 0 => return Err(cpu.raise(vector::XM, None)),
         Outcome::Xm => return Err(cpu.ud()),
         Outcome::Mf => return Err(cpu.math_fault()),
@@ -112,13 +129,13 @@ fn execute(cpu: &mut Cpu, op: &Op, thunk: &Thunk, scratch: &mut Scratch) -> R<bo
         let flags = context.rflags;
         cpu.flags = ((flags & 0xd5) as u16 | 2) << 8 | (flags >> 11) as u16 & 1;
     }
-    Ok(true)
+    Ok(outcome == Outcome::Done)
 }
 
 impl Cpu {
     /// #MF. With CR0.NE clear a PC would signal IRQ 13; no guest in scope relies on that.
     #[cold]
-    fn math_fault(&mut self) -> crate::cpu::Stop {
+    fn math_fault(&mut self) -> Stop {
         self.raise(vector::MF, None)
     }
 

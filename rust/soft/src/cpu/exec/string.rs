@@ -243,13 +243,18 @@ unsafe fn scas<T: AluInt>(cpu: &mut Cpu, op: &Op) -> R {
     Ok(())
 }
 
-/// REPE and REPNE: until the count is zero or ZF says so.
+/// REPE and REPNE: until the count is zero or ZF says so. After a fault the flags are those from
+/// before the instruction. SDM vol. 2B, REP.
 fn repeat_while(cpu: &mut Cpu, op: &Op, mut once: impl FnMut(&mut Cpu) -> R) -> R {
     let mask = Cpu::address_mask(op);
     let mut count = cpu.regs[RCX] & mask;
     let mut burst = BURST;
+    let flags = cpu.flags;
     while count != 0 {
-        once(cpu)?;
+        if let Err(stop) = once(cpu) {
+            cpu.flags = if stop == Stop::Fault { flags } else { cpu.flags };
+            return Err(stop);
+        }
         count -= 1;
         cpu.set_address_reg(RCX, count, op);
         cpu.io.retire_iteration();
