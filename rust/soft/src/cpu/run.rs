@@ -244,7 +244,8 @@ impl Cpu {
             }
             let delta = self.rip.wrapping_sub(base);
             for link in (*from).links {
-                if link.delta == delta && (*link.block).valid() {
+                // An unused link's delta may be a real one.
+                if link.delta == delta && !link.block.is_null() && (*link.block).valid() {
                     return Ok(link.block);
                 }
             }
@@ -377,6 +378,16 @@ mod tests {
         assert_eq!(result, Err(Stop::Fault));
         assert_eq!(bench.cpu.regs[0] & 0xff, 0x7f);
         assert_eq!(bench.cpu.rip, 0x10_009);
+    }
+
+    #[test]
+    fn test_run_branch_to_the_byte_before_its_block() {
+        // hlt (privileged); then, where the block begins, jmp to it
+        let mut bench = Bench::new(1 << 20).long_mode(0x10_000, false);
+        bench.load(0xffff, &[0xf4, 0xeb, 0xfd]);
+        bench.cpu.cpl = 3;
+        assert_eq!(bench.cpu.run_raw(10), Err(Stop::Fault));
+        assert_eq!(bench.cpu.rip, 0xffff);
     }
 
     #[test]
