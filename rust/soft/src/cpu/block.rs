@@ -37,7 +37,8 @@ pub(crate) struct Link {
     pub block: *mut Block,
 }
 
-const NO_LINK: Link = Link { delta: u64::MAX, block: std::ptr::null_mut() };
+/// No successor yet. Near branches reach 2 GiB, so no RIP is this far from its block's start.
+const NO_LINK: Link = Link { delta: 1 << 63, block: std::ptr::null_mut() };
 
 /// A decoded block.
 pub(crate) struct Block {

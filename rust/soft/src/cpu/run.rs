@@ -369,6 +369,16 @@ mod tests {
     }
 
     #[test]
+    fn test_run_branch_to_the_byte_before_its_block_finds_it() {
+        // nop; start: dec ecx; jnz nop; ud2
+        let mut bench = Bench::new(1 << 20).long_mode(0x10_001, false);
+        bench.load(0x10_000, &[0x90, 0xff, 0xc9, 0x75, 0xfb, 0x0f, 0x0b]);
+        bench.cpu.regs[1] = 3;
+        assert_eq!(bench.cpu.run_raw(100), Err(Stop::Fault));
+        assert_eq!((bench.cpu.regs[1], bench.cpu.rip), (0, 0x10_005));
+    }
+
+    #[test]
     fn test_run_store_into_running_block_executes_the_new_code() {
         // mov byte [rip+1], 0x7f (patches the next instruction's immediate); mov al, 1; out 0x10, al
         let code = [0xc6, 0x05, 1, 0, 0, 0, 0x7f, 0xb0, 1, 0x0f, 0x0b];
