@@ -23,5 +23,5 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """The size in MiB, for messages."""
-    return f"{size_bytes / MIB:.4g} MiB" if size_bytes % MIB else f"{size_bytes // MIB} MiB"
+    """The size in whole MiB, cut, for messages."""
+    return f"{size_bytes // MIB} MiB"

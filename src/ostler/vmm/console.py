@@ -26,6 +26,7 @@ RETRY_DELAY_NS = 20 * NS_PER_MS
 # poll(2) promises room for this much in a pipe, so a write of it does not block.
 CHUNK_BYTES = select.PIPE_BUF
 CONGESTED_BYTES = 256 << 10
+WAIT_SLICE_S = 0.1
 READ_BYTES = 1024
 # Enough for the report a kernel prints when it panics.
 TAIL_BYTES = 8 << 10
@@ -66,8 +67,8 @@ class ConsoleOutput:
             self.congested = True
 
     def wait(self) -> None:
-        """Block a processor while the buffer is over its limit; not under the lock."""
-        self._drained.wait()
+        """Block a processor a while, as long as the buffer is over its limit; not under the lock."""
+        self._drained.wait(WAIT_SLICE_S)
 
     def flush(self) -> None:
         """Write what the other end takes now; come back for the rest. Loop thread only.
@@ -112,6 +113,7 @@ class ConsoleInput:
         self._keys = keys
         self._pending = b""
         self._ended = False
+        self._called = False
         self._serial: Serial | None = None
         self._on_quit: Callable[[], None] = _nothing
 
@@ -122,7 +124,8 @@ class ConsoleInput:
 
     def on_room(self) -> None:
         """The UART takes bytes again; called in processor threads."""
-        if self._pending:
+        if self._pending and not self._called:
+            self._called = True
             self._loop.call_soon(self._deliver)
 
     def _readable(self) -> None:
@@ -148,6 +151,7 @@ class ConsoleInput:
         if self._serial is None:
             return
         with self._lock:
+            self._called = False
             taken = self._serial.receive(self._pending)
             self._pending = self._pending[taken:]
         self._watch()

@@ -8,9 +8,7 @@ poll(2) and not epoll(7), because standard input may be a file or /dev/null, whi
 from __future__ import annotations
 
 import contextlib
-import heapq
 import select
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,6 +17,7 @@ from typing import Self
 from ostler.host.eventfd import EventFd
 
 NS_PER_MS = 1_000_000
+FOREVER_NS = 1 << 63
 
 
 class HostClock:
@@ -48,16 +47,16 @@ class LoopTimer:
     def arm(self, deadline_ns: int) -> None:
         if deadline_ns != self.deadline_ns:
             self.deadline_ns = deadline_ns
-            self._loop.schedule(deadline_ns, self)
+            self._loop.nearer(deadline_ns)
 
     def disarm(self) -> None:
-        # Its entry stays in the heap and is recognised as stale when its time comes.
+        # The loop may wake once for nothing.
         self.deadline_ns = None
 
-    def fire(self, deadline_ns: int) -> None:
-        """Called by the loop; does nothing if the deadline was changed since."""
+    def fire(self, now_ns: int) -> None:
+        """Called by the loop; under the lock the deadline may turn out to have moved."""
         with self._lock:
-            if self.deadline_ns == deadline_ns:
+            if self.deadline_ns is not None and self.deadline_ns <= now_ns:
                 self.deadline_ns = None
                 self._expired()
 
@@ -70,15 +69,18 @@ class EventLoop:
         self._wake = EventFd()
         self._poll.register(self._wake, select.POLLIN)
         self._readers: dict[int, Callable[[], None]] = {}
-        self._heap: list[tuple[int, int, LoopTimer]] = []
-        self._sequence = 0
-        self._lock = threading.Lock()
+        # A handful, made while the board is wired: looking at each is cheaper than a heap, which a
+        # guest that arms and disarms without end would fill.
+        self._timers: list[LoopTimer] = []
+        self._sleeps_until_ns = 0
         self._calls: list[Callable[[], None]] = []
         self._stopping = False
 
     def new_timer(self, *, lock: AbstractContextManager[object] | None = None) -> LoopTimer:
         """An alarm on this loop, whose expiry runs under the lock if one is given."""
-        return LoopTimer(self, lock)
+        timer = LoopTimer(self, lock)
+        self._timers.append(timer)
+        return timer
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
         """Call back while `fd` is readable or at its end. Loop thread only."""
@@ -100,13 +102,9 @@ class EventLoop:
         self._stopping = True
         self._wake.signal()
 
-    def schedule(self, deadline_ns: int, timer: LoopTimer) -> None:
-        """Enter a deadline; wakes the loop if it is the nearest one now."""
-        with self._lock:
-            self._sequence += 1
-            heapq.heappush(self._heap, (deadline_ns, self._sequence, timer))
-            nearest = self._heap[0][0] == deadline_ns
-        if nearest:
+    def nearer(self, deadline_ns: int) -> None:
+        """A timer has this deadline now: wake the loop if it means to sleep longer."""
+        if deadline_ns < self._sleeps_until_ns:
             self._wake.signal()
 
     def run(self) -> None:
@@ -121,14 +119,17 @@ class EventLoop:
             self._run_timers()
 
     def _timeout_ms(self) -> int | None:
+        # Announced before the deadlines are read: a timer armed in between then wakes the loop.
+        self._sleeps_until_ns = FOREVER_NS
+        deadlines = [timer.deadline_ns for timer in self._timers]
+        nearest_ns = min((each for each in deadlines if each is not None), default=FOREVER_NS)
+        self._sleeps_until_ns = nearest_ns
         if self._calls:
             return 0
-        with self._lock:
-            if not self._heap:
-                return None
-            remaining_ns = self._heap[0][0] - time.monotonic_ns()
+        if nearest_ns == FOREVER_NS:
+            return None
         # Rounded up, or the loop would spin through the last part of a millisecond.
-        return max(-(-remaining_ns // NS_PER_MS), 0)
+        return max(-(-(nearest_ns - time.monotonic_ns()) // NS_PER_MS), 0)
 
     def _run_calls(self) -> None:
         calls, self._calls = self._calls, []
@@ -136,12 +137,11 @@ class EventLoop:
             callback()
 
     def _run_timers(self) -> None:
-        while True:
-            with self._lock:
-                if not self._heap or self._heap[0][0] > time.monotonic_ns():
-                    return
-                deadline_ns, _, timer = heapq.heappop(self._heap)
-            timer.fire(deadline_ns)
+        now_ns = time.monotonic_ns()
+        for timer in self._timers:
+            deadline_ns = timer.deadline_ns
+            if deadline_ns is not None and deadline_ns <= now_ns:
+                timer.fire(now_ns)
 
     def __enter__(self) -> Self:
         return self

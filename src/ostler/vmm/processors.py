@@ -134,7 +134,7 @@ class Processor:
                         data[0] = value
                     else:
                         data[:] = value.to_bytes(size, "little")
-                if console.congested:
+                while console.congested and not self._stopping:
                     console.wait()
             elif reason is ExitReason.MMIO:
                 is_write, address, data = exit_view.mmio
