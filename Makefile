@@ -6,7 +6,7 @@ PY := .venv/bin/python
 CARGO ?= cargo
 RUST_SOURCES := $(shell find rust -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: help setup run test test-rust test-python lint fuzz bench bars conformance clean
+.PHONY: help setup run test test-rust test-python lint fuzz bench bars test-kvm conformance clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ bench: setup ## Interpreter speed, start to power-off, beside QEMU's TCG where t
 bars: setup ## Every promised figure, measured for real; takes long
 	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap
 	@$(PY) -m benches.bars $(BARS)
+
+test-kvm: setup ## The KVM accelerator on a real KVM, nested in QEMU's emulation of one
+	@command -v qemu-system-x86_64 mmdebstrap >/dev/null || tools/apt-install qemu-system-x86 mmdebstrap
+	@$(PY) tools/nested_lab.py
 
 conformance: setup ## kvm-unit-tests: make conformance KUT=<folder of the built tests>
 	@$(PY) tools/conformance.py $(KUT)

@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import lzma
-import os
 import re
 import shutil
 import subprocess
@@ -47,9 +46,9 @@ TIME_LIMIT_S = 1500
 SKIPPED = 77
 
 
-def say(text: str, fraction: float | None = None) -> None:
+def say(step: str, fraction: float | None = None) -> None:  # noqa: ARG001 - a listener of images' progress
     """Progress on standard error."""
-    print(f"lab: {text}", file=sys.stderr, flush=True)
+    print(f"lab: {step}", file=sys.stderr, flush=True)
 
 
 def dependencies() -> list[str]:
@@ -102,6 +101,7 @@ def unpacked(module: Path) -> bytes:
 def ordered(name: str, found: dict[str, Path]) -> Iterator[str]:
     """Yield the modules `name` needs, each after what it needs itself, by the ELF files' `.modinfo`."""
     section = ELFFile(io.BytesIO(unpacked(found[name]))).get_section_by_name(".modinfo")
+    assert section is not None, f"{name}: no .modinfo, so not a kernel module"
     fields = dict(entry.partition("=")[::2] for entry in section.data().decode(errors="replace").split("\0"))
     for needed in filter(None, fields.get("depends", "").split(",")):
         match = next(known for known in found if known.replace("_", "-") == needed.replace("_", "-"))
@@ -178,7 +178,7 @@ def main() -> int:
             for part in (base.read_bytes(), site_packages().read_bytes(), payload(turns)):
                 out.write(part)
                 out.write(bytes(-len(part) % 4))
-        say(f"booting the lab ({os.path.getsize(image) >> 20} MiB)")
+        say(f"booting the lab ({image.stat().st_size >> 20} MiB)")
         steps = run(image)
     failed = [name for name, (status, _) in steps.items() if status != 0]
     expected = {"kvm", "install", "conformance"} | {
