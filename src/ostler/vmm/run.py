@@ -74,7 +74,7 @@ def run(
         opened = accelerator or accel.open(spec.accel)
         if accelerator is None:
             stack.callback(opened.close)
-        process = stack.enter_context(_Process(spec, opened, console_in, console_out, keys))
+        process = stack.enter_context(GuestProcess(spec, opened, console_in, console_out, keys))
         process.machine.load(kernel, initrd=initrd, cmdline=_cmdline(spec.append, kernel))
         # The unpacked kernel is tens of megabytes, and the guest has its own copy now.
         del kernel, initrd
@@ -101,7 +101,7 @@ def _cmdline(append: str, kernel: Kernel) -> str:
     return f"panic=-1 {append}".rstrip()
 
 
-class _Process:
+class GuestProcess:
     """A machine, its threads and its loop, alive together; a context manager."""
 
     def __init__(
@@ -133,7 +133,7 @@ class _Process:
     def run(self) -> End:
         """Start everything, serve until the end, stop everything whatever happens."""
         if self._input:
-            self._input.connect(self.machine.board.serial, lambda: self._outcome.announce(End(EndKind.QUIT)))
+            self._input.connect(self.machine.board.serial, self.quit)
         started: list[Processor] = []
         try:
             for processor in self._processors:
@@ -142,12 +142,16 @@ class _Process:
             self._loop.run()
         finally:
             # Also the way out of a signal or of a console that is gone: nobody may stay in the guest.
-            self._outcome.announce(End(EndKind.QUIT))
+            self.quit()
             self.output.release()
             for processor in started:
                 processor.join()
         self.output.finish()
         return self._outcome.end or End(EndKind.QUIT)
+
+    def quit(self) -> None:
+        """End the run from outside; from any thread. The processors are stopped when `run` returns."""
+        self._outcome.announce(End(EndKind.QUIT))
 
     def judge(self, end: End) -> int:
         """The exit status of an orderly end. Raises GuestCrash, or the bug that ended the run."""
