@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import structlog
+
 from ostler import accel
 from ostler.accel.api import Accel
 from ostler.boot.kernel import Kernel, Protocol
@@ -31,6 +33,10 @@ from ostler.vmm.console import ConsoleInput, ConsoleOutput, InputFilter
 from ostler.vmm.crash import crash_error, panic_line
 from ostler.vmm.loop import EventLoop, HostClock
 from ostler.vmm.processors import End, EndKind, Outcome, Processor
+
+UNCLAIMED_SHOWN = 16
+
+log = structlog.get_logger(__name__)
 
 ORDERLY = {EndKind.POWER_OFF: 0, EndKind.RESET: 0, EndKind.QUIT: 0}
 POWER_ENDS = {
@@ -147,11 +153,23 @@ class GuestProcess:
             for processor in started:
                 processor.join()
         self.output.finish()
+        self._log_unclaimed()
         return self._outcome.end or End(EndKind.QUIT)
 
     def quit(self) -> None:
         """End the run from outside; from any thread. The processors are stopped when `run` returns."""
         self._outcome.announce(End(EndKind.QUIT))
+
+    def _log_unclaimed(self) -> None:
+        """What the guest looked for in vain, most often first."""
+        if not structlog.is_configured():
+            # Nobody set logging up, and structlog's own default would write into the guest's console.
+            return
+        for what, bus in (("ports", self.machine.board.ports), ("memory", self.machine.board.mmio)):
+            found = bus.unclaimed.by_address.most_common(UNCLAIMED_SHOWN)
+            if found:
+                shown = " ".join(f"{address:#x}:{count}" for address, count in found)
+                log.debug("accesses nobody claimed", what=what, total=bus.unclaimed.total, most=shown)
 
     def judge(self, end: End) -> int:
         """The exit status of an orderly end. Raises GuestCrash, or the bug that ended the run."""
