@@ -56,12 +56,21 @@ impl Cpu {
                 self.io.retire();
                 match self.deliver_fault() {
                     Ok(()) => None,
-                    Err(_) => Some(self.take_exit()),
+                    Err(_) => Some(self.take_delivery_exit()),
                 }
             }
             Stop::Exit | Stop::ExitAfter => Some(self.take_exit()),
             Stop::Branch | Stop::Again | Stop::Leave => None,
         }
+    }
+
+    /// An exit from the delivery of an event. One that waits for user space to answer a read cannot be resumed: what
+    /// would be executed again is the instruction, not the delivery. KVM gives up there, too.
+    fn take_delivery_exit(&mut self) -> RunEnd {
+        if let Some(Exit::Io { write: None, .. } | Exit::Mmio { write: None, .. }) = self.exit {
+            self.exit = Some(Exit::Internal("the delivery of an event read an address that is not RAM"));
+        }
+        self.take_exit()
     }
 
     fn take_exit(&mut self) -> RunEnd {
@@ -154,7 +163,7 @@ impl Cpu {
             return Ok(());
         }
         let delivered = self.pending_events(bits);
-        delivered.map_err(|_| self.take_exit())
+        delivered.map_err(|_| self.take_delivery_exit())
     }
 
     fn pending_events(&mut self, bits: u32) -> R {
