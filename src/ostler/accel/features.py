@@ -75,6 +75,7 @@ FEATURES: dict[str, Feature] = {
         "ebx",
         {
             0: "fsgsbase",
+            1: "tsc_adjust",
             3: "bmi1",
             7: "smep",
             8: "bmi2",
@@ -89,6 +90,7 @@ FEATURES: dict[str, Feature] = {
     ),
     **_row(0x7, 0, "ecx", {2: "umip"}),
     **_row(0x7, 0, "edx", {4: "fsrm", 26: "spec_ctrl", 29: "arch_capabilities"}),
+    **_row(0x7, 2, "edx", {4: "bhi_ctrl"}),
     **_row(0xD, 1, "eax", {0: "xsaveopt", 1: "xsavec", 2: "xgetbv1", 3: "xsaves"}),
     **_row(0x8000_0001, 0, "ecx", {0: "lahf_lm", 5: "abm", 8: "3dnowprefetch"}),
     **_row(0x8000_0001, 0, "edx", {11: "syscall", 20: "nx", 26: "pdpe1gb", 27: "rdtscp", 29: "lm"}),

@@ -12,8 +12,12 @@ each immunity by a bit of its own, which `ostler.accel.fitting` checks against K
 - RDCL_NO: neither Meltdown nor L1TF, so no page-table isolation. MDS_NO, TAA_NO, SSB_NO, PSCHANGE_MC_NO, GDS_NO,
   RFDS_NO, ITS_NO and the three MMIO bits (SBDR_SSDP_NO, FBSDP_NO, PSDP_NO) each close one entry.
 - Spectre v2 has no such bit on Intel's side. IBRS_ALL with SPEC_CTRL chooses "Enhanced IBRS": one write of MSR
-  0x48 for each processor at boot, and no retpolines, which would defeat a translator's return prediction. BHI_NO and
-  PBRSB_NO drop that mode's extra sequences. RSBA and RRSBA stay clear, as they would bring retpolines back.
+  0x48 for each processor at boot, and no retpolines, which would defeat a translator's return prediction. PBRSB_NO
+  drops one of that mode's extra sequences. RSBA and RRSBA stay clear, as they would bring retpolines back.
+- Branch history: since 2025 Linux no longer takes BHI_NO for an answer. BHI_CTRL (SPEC_CTRL.BHI_DIS_S, set once)
+  spares each system call and exception a loop of a hundred instructions that overwrites the history.
+- TSC_ADJUST with a constant and nonstop TSC lets Linux trust the TSC. Without it a watchdog compares clocks twice a
+  second, and a host that takes the processor away between two readings can make it call the TSC unstable.
 - An unknown model number keeps the guest off the lists of affected models, and off drivers that match one model
   and would read its MSRs.
 
@@ -41,7 +45,7 @@ _SIGNATURE = leaves.signature(family=6, model=0xFE, stepping=1)
 
 _V1 = """
     fpu de pse tsc msr pae cx8 apic sep pge cmov pat pse36 clflush mmx fxsr sse sse2
-    pni cx16 x2apic tsc_deadline_timer hypervisor arat spec_ctrl arch_capabilities
+    pni cx16 x2apic tsc_deadline_timer hypervisor arat tsc_adjust spec_ctrl bhi_ctrl arch_capabilities
     lahf_lm syscall nx rdtscp lm nonstop_tsc
 """
 _V2 = f"""

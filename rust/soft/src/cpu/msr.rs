@@ -82,6 +82,7 @@ pub const STATEFUL: &[u32] = &[
 ];
 
 const IBRS_STIBP_SSBD: u64 = 7;
+const BHI_DIS_S: u64 = 1 << 10;
 
 fn when(ok: bool) -> Result<(), Gp> {
     if ok {
@@ -197,7 +198,7 @@ impl Cpu {
         match msr {
             MISC_ENABLE => self.msr.misc_enable = value,
             SPEC_CTRL => {
-                when(host || self.has_spec_ctrl() && value & !IBRS_STIBP_SSBD == 0)?;
+                when(host || self.has_spec_ctrl() && value & !self.spec_ctrl_bits() == 0)?;
                 self.msr.spec_ctrl = value;
             }
             PRED_CMD => when(self.has_spec_ctrl() && value & !1 == 0)?,
@@ -228,6 +229,12 @@ impl Cpu {
         self.cpuid.has(7, 3, 26) || self.cpuid.has(7, 3, 31)
     }
 
+    /// What of SPEC_CTRL a guest may set. Nothing is speculated here, so no bit changes anything.
+    fn spec_ctrl_bits(&self) -> u64 {
+        let bhi_ctrl = self.cpuid.find(7, 2).is_some_and(|leaf| leaf.edx & 1 << 4 != 0);
+        IBRS_STIBP_SSBD | if bhi_ctrl { BHI_DIS_S } else { 0 }
+    }
+
     /// A write of the TSC moves TSC_ADJUST with it.
     fn write_tsc(&mut self, value: u64) {
         let delta = value.wrapping_sub(self.board.tsc());
@@ -250,5 +257,25 @@ impl Cpu {
             self.update_modes();
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::state::CpuidEntry;
+    use crate::cpu::testing::Bench;
+
+    #[test]
+    fn test_write_msr_spec_ctrl_takes_what_cpuid_offers() {
+        let mut cpu = Bench::new(4096).cpu;
+        let leaf = |index, edx| CpuidEntry { function: 7, index, indexed: true, edx, ..CpuidEntry::default() };
+        cpu.cpuid.entries = vec![leaf(0, 1 << 26)];
+        assert_eq!(cpu.write_msr(SPEC_CTRL, 1, false), Ok(()));
+        assert_eq!(cpu.write_msr(SPEC_CTRL, 1 | BHI_DIS_S, false), Err(Gp));
+        cpu.cpuid.entries.push(leaf(2, 1 << 4));
+        assert_eq!(cpu.write_msr(SPEC_CTRL, 1 | BHI_DIS_S, false), Ok(()));
+        assert_eq!(cpu.read_msr(SPEC_CTRL, false), Ok(1 | BHI_DIS_S));
+        assert_eq!(cpu.write_msr(SPEC_CTRL, 1 << 11, false), Err(Gp));
     }
 }

@@ -27,6 +27,8 @@ const LEAF7_EBX: u32 = bits(&[0, 1, 3, 7, 8, 9, 10, 18, 19, 20, 23, 29]);
 const LEAF7_ECX: u32 = bits(&[2]);
 /// FSRM SPEC_CTRL ARCH_CAPABILITIES SSBD.
 const LEAF7_EDX: u32 = bits(&[4, 26, 29, 31]);
+/// Subleaf 2: BHI_CTRL.
+const LEAF7_2_EDX: u32 = bits(&[4]);
 /// XSAVEOPT XSAVEC XGETBV1 XSAVES.
 const LEAFD1_EAX: u32 = bits(&[0, 1, 2, 3]);
 /// SYSCALL NX 1GiB-pages RDTSCP LM.
@@ -66,7 +68,9 @@ fn table(tsc_khz: u32) -> Vec<(u32, u32, [u32; 4])> {
         (0x2, 0, [0x00ff01, 0, 0, 0]),
         (0x4, 0, [0, 0, 0, 0]),
         (0x6, 0, [1 << 2, 0, 0, 0]),
-        (0x7, 0, [0, LEAF7_EBX, LEAF7_ECX, LEAF7_EDX]),
+        (0x7, 0, [2, LEAF7_EBX, LEAF7_ECX, LEAF7_EDX]),
+        (0x7, 1, [0, 0, 0, 0]),
+        (0x7, 2, [0, 0, 0, LEAF7_2_EDX]),
         (0xb, 0, [0, 0, 0, 0]),
         (0xd, 0, [3, XSAVE_BYTES, XSAVE_BYTES, 0]),
         (0xd, 1, [LEAFD1_EAX, XSAVE_BYTES, 0, 0]),
