@@ -23,6 +23,11 @@ impl CpuidTable {
         self.find(function, 0).is_some_and(|e| [e.eax, e.ebx, e.ecx, e.edx][register] >> bit & 1 != 0)
     }
 
+    /// The vendor is AMD.
+    pub fn amd(&self) -> bool {
+        self.find(0, 0).is_some_and(|e| e.ebx == u32::from_le_bytes(*b"Auth"))
+    }
+
     /// What an unknown leaf gives: beyond its class's last one, Intel answers with the last basic
     /// leaf; within, with zeros (but for the topology leaves).
     fn fallback(&self, function: u32, index: u32) -> CpuidEntry {

@@ -51,6 +51,8 @@ pub struct Trace {
     pub(crate) loaded_rf: bool,
     /// Data and I/O breakpoints it met, as DR6 bits.
     pub(crate) hits: u64,
+    /// Those of a MOV SS: they are due after the next instruction.
+    pub(crate) deferred: u64,
     /// Data breakpoints are enabled: no access may take the fast path.
     pub(crate) watching: bool,
     /// User space is owed a step's exit, after the writes the instruction posted.
@@ -171,7 +173,8 @@ impl Cpu {
             return Err(self.debug_exit(vector::DB, pc, dr6::BS));
         }
         let flags = self.sys_flags as u64;
-        self.trace = Trace { tf: flags & rflags::TF != 0, watching: self.trace.watching, ..Trace::default() };
+        let Trace { watching, deferred, .. } = self.trace;
+        self.trace = Trace { tf: flags & rflags::TF != 0, hits: deferred, watching, ..Trace::default() };
         if flags & rflags::RF != 0 || self.shadow == shadow::MOV_SS {
             return Ok(());
         }
@@ -192,6 +195,7 @@ impl Cpu {
             self.sys_flags &= !(rflags::RF as u32);
         }
         if self.shadow == shadow::MOV_SS {
+            self.trace.deferred = self.trace.hits;
             return Ok(());
         }
         let bits = self.trace.hits;
@@ -269,6 +273,20 @@ mod tests {
         assert_eq!(bench.cpu.rip, CODE + 2);
         bench.step();
         assert_eq!(bench.cpu.rip, handler(1));
+    }
+
+    #[test]
+    fn test_data_breakpoint_on_mov_ss_waits_for_the_next_instruction() {
+        // mov ss, [0x2_0000]; nop; out 0x80, al
+        let code = [0x8e, 0x14, 0x25, 0, 0, 2, 0, 0x90, 0xe6, 0x80];
+        let mut bench = Bench::new(1 << 20).long(CODE).code(&code);
+        bench.load(0x2_0000, &sel::DATA.to_le_bytes());
+        bench.load(handler(1), &[0xe6, 0x81]);
+        (bench.cpu.dr[0], bench.cpu.dr[7]) = (0x2_0000, dr7::FIXED | 1 | 3 << 16);
+        bench.cpu.breakpoints_changed();
+        assert_eq!(bench.cpu.run(), RunEnd::Exit(Exit::Io { port: 0x81, size: 1, write: Some(0) }));
+        assert_eq!(bench.word(bench.cpu.regs[4]), CODE + 8);
+        assert_eq!(bench.cpu.dr[6], dr6::FIXED | 1);
     }
 
     #[test]

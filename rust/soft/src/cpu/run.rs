@@ -39,7 +39,6 @@ impl Cpu {
             }
             if single {
                 self.io.retire();
-                self.shadow = 0;
                 single = false;
             }
         }

@@ -77,13 +77,14 @@ impl Cpu {
         Ok(())
     }
 
-    /// After a return to an outer level: data segments it may not use become null.
+    /// After a return to an outer level: data segments it may not use become null. Their bases stay,
+    /// which 64-bit code sees in FS and GS.
     pub(super) fn drop_inner_segments(&mut self) {
         for index in [seg::ES, seg::DS, seg::FS, seg::GS] {
             let s = self.segs[index];
             let conforming = s.kind & 0xc == 0xc;
             if !s.unusable && s.dpl < self.cpl && !conforming {
-                self.segs[index] = null_segment(0, 0);
+                self.segs[index] = Segment { base: s.base, ..null_segment(0, 0) };
             }
         }
     }

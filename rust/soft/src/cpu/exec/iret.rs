@@ -191,6 +191,11 @@ unsafe fn int3(cpu: &mut Cpu, op: &Op) -> R {
 }
 
 unsafe fn int1(cpu: &mut Cpu, op: &Op) -> R {
+    // Breakpoints that a MOV SS before it held off are one #DB with this.
+    let held = std::mem::take(&mut cpu.trace.hits);
+    if held != 0 {
+        cpu.note_debug_exception(held);
+    }
     cpu.software_interrupt(op, vector::DB, Source::Int1)
 }
 

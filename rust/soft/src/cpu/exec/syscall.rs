@@ -1,12 +1,14 @@
 //! SYSCALL, SYSRET, SYSENTER, SYSEXIT as Intel processors have them. SDM vol. 2; vol. 3, 5.8.7-8.
 //!
-//! The segments they load are fixed; no descriptor is read.
+//! The segments they load are fixed; no descriptor is read. Processors of AMD's have SYSCALL in
+//! compatibility mode too, through CSTAR: so does a CPU model with that vendor.
 
+use crate::cpu::debug::dr6;
 use crate::cpu::mmu::canonical;
 use crate::cpu::op::Op;
 use crate::cpu::state::{cr0, efer, rflags, seg, CodeSize, Segment};
 use crate::cpu::table::Row;
-use crate::cpu::{Cpu, Stop, R};
+use crate::cpu::{vector, Cpu, Fault, Stop, R};
 use crate::rows;
 
 /// A flat code segment.
@@ -40,30 +42,41 @@ impl Cpu {
     }
 
     /// SYSCALL and SYSRET exist in 64-bit mode only.
-    fn need_syscall(&mut self) -> R {
-        if self.code_size != CodeSize::B64 || self.efer & efer::SCE == 0 {
+    fn need_syscall(&mut self, compatibility: bool) -> R {
+        let mode = self.code_size == CodeSize::B64 || compatibility && self.lma() && self.cpuid.amd();
+        if !mode || self.efer & efer::SCE == 0 {
             return Err(self.ud());
         }
         Ok(())
     }
+
+    /// TF traps by what it is at the end of these instructions, not at their start: after SYSRET,
+    /// before the first instruction it returns to.
+    fn trap_now(&mut self) {
+        self.trace.tf = false;
+        if self.sys_flags as u64 & rflags::TF != 0 {
+            self.pending.exception = Some(Fault { vector: vector::DB, error: None, payload: dr6::BS });
+        }
+    }
 }
 
 unsafe fn syscall(cpu: &mut Cpu, op: &Op) -> R {
-    cpu.need_syscall()?;
+    cpu.need_syscall(true)?;
+    let compatibility = cpu.legacy;
     cpu.regs[1] = cpu.next_rip(op);
     let flags = cpu.rflags() & !rflags::RF;
     cpu.regs[11] = flags;
     let cs = (cpu.msr.star >> 32) as u16 & 0xfffc;
     cpu.enter_flat(cs, cs.wrapping_add(8), 0, true);
-    cpu.rip = cpu.msr.lstar;
-    cpu.trace.tf = false;
+    cpu.rip = if compatibility { cpu.msr.cstar } else { cpu.msr.lstar };
     cpu.set_rflags(flags & !cpu.msr.sfmask & !rflags::VM);
     cpu.update_modes();
+    cpu.trap_now();
     Err(Stop::Branch)
 }
 
 unsafe fn sysret<const LONG: bool>(cpu: &mut Cpu, _: &Op) -> R {
-    cpu.need_syscall()?;
+    cpu.need_syscall(false)?;
     cpu.need_cpl0()?;
     let rip = if LONG { cpu.regs[1] } else { cpu.regs[1] & 0xffff_ffff };
     if !canonical(rip) {
@@ -75,6 +88,7 @@ unsafe fn sysret<const LONG: bool>(cpu: &mut Cpu, _: &Op) -> R {
     cpu.rip = rip;
     cpu.set_rflags(cpu.regs[11] & 0x003c_7fd7 | 2);
     cpu.update_modes();
+    cpu.trap_now();
     Err(Stop::Branch)
 }
 
@@ -125,8 +139,10 @@ pub const ROWS: &[Row] = rows! {
 #[cfg(test)]
 mod tests {
     use crate::cpu::fixture::handler;
-    use crate::cpu::state::{rflags, seg, CodeSize};
+    use crate::cpu::run::RunEnd;
+    use crate::cpu::state::{rflags, seg, CodeSize, CpuidEntry};
     use crate::cpu::testing::Bench;
+    use crate::cpu::Exit;
 
     const CODE: u64 = 0x1_0000;
 
@@ -182,6 +198,28 @@ mod tests {
         compat.cpu.update_modes();
         compat.step();
         assert_eq!(compat.cpu.rip, handler(6));
+    }
+
+    #[test]
+    fn test_syscall_of_an_amd_model_in_compatibility_mode_goes_through_cstar() {
+        let mut bench = bench(&[0x0f, 0x05]).user();
+        let [ebx, edx, ecx] = [*b"Auth", *b"enti", *b"cAMD"].map(u32::from_le_bytes);
+        bench.cpu.cpuid.entries = vec![CpuidEntry { ebx, ecx, edx, ..CpuidEntry::default() }];
+        bench.cpu.msr.cstar = 0x5_0000;
+        (bench.cpu.segs[seg::CS].l, bench.cpu.segs[seg::CS].db) = (false, true);
+        bench.cpu.update_modes();
+        bench.step();
+        assert_eq!((bench.cpu.rip, bench.cpu.code_size), (0x5_0000, CodeSize::B64));
+    }
+
+    #[test]
+    fn test_sysret_that_sets_tf_traps_before_the_first_instruction() {
+        let mut bench = bench(&[0x48, 0x0f, 0x07]);
+        (bench.cpu.regs[1], bench.cpu.regs[11]) = (0x3_0000, rflags::TF);
+        bench.load(handler(1), &[0xe6, 0x80]);
+        let exit = Exit::Io { port: 0x80, size: 1, write: Some(0) };
+        assert_eq!(bench.cpu.run(), RunEnd::Exit(exit));
+        assert_eq!(bench.word(bench.cpu.regs[4]), 0x3_0000);
     }
 
     #[test]
