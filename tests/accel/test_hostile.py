@@ -6,13 +6,15 @@ that a failure repeats. Only the software CPU is asked: KVM has fuzzers of its o
 
 import random
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from ostler.abi.kvm import requests
 from ostler.accel.api import Accel, ExitReason
-from tests.accel.conftest import Lab
+from ostler.accel.opener import open_accelerator
+from ostler.errors import AccelUnavailable
 from tests.accel.lab import Machine
 from tests.accel.prelude import LAYOUT
 
@@ -30,11 +32,14 @@ NOT_DATA = {
 SIZE_SHIFT, SIZE_MASK = 16, 0x3FFF
 
 
-@pytest.fixture
-def accel(lab: Lab) -> Accel:
-    if lab.name != "soft":
-        pytest.skip("for the software CPU only")
-    return lab.accel
+@pytest.fixture(scope="module")
+def accel() -> Iterator[Accel]:
+    try:
+        opened = open_accelerator("soft")
+    except AccelUnavailable as error:
+        pytest.skip(str(error))
+    yield opened
+    opened.close()
 
 
 def fuzzed(generator: random.Random, size: int) -> bytearray:
