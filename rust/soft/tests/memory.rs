@@ -173,7 +173,7 @@ fn test_kvmclock_written_by_the_guest_agrees_with_get_clock() {
     assert_eq!((version % 2, flags), (0, 1));
     let ticks = tsc - stamp;
     let ticks = if shift < 0 { ticks >> -shift } else { ticks << shift };
-    let guest = system + (ticks as u128 * multiplier as u128 >> 32) as u64;
+    let guest = system + ((ticks as u128 * multiplier as u128) >> 32) as u64;
     let host: kvm_clock_data = ask(|r, a| lab.vm.ioctl(r, a), KVM_GET_CLOCK);
     assert!(guest >= 1_000_000_000_000 && guest <= host.clock, "{guest} {}", host.clock);
     assert!(host.clock - guest < 20_000_000_000);

@@ -157,7 +157,8 @@ impl Cpu {
 
     #[inline(always)]
     fn check_canonical(&mut self, linear: u64, size: u64, segment: usize) -> R {
-        if !self.legacy && !(canonical(linear) && canonical(linear.wrapping_add(size - 1))) {
+        let whole = canonical(linear) && canonical(linear.wrapping_add(size - 1));
+        if !self.legacy && !whole {
             return Err(self.address_fault(segment));
         }
         Ok(())

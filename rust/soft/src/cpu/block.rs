@@ -102,6 +102,7 @@ pub struct Blocks {
     chunks: Vec<Vec<Op>>,
     map: HashMap<u64, Box<Block>, BuildHasherDefault<KeyHasher>>,
     /// Blocks replaced while still linked to; kept until the cache is dropped.
+    #[allow(clippy::vec_box, reason = "links point to the blocks: they must not move")]
     retired: Vec<Box<Block>>,
     jumps: Box<[Jump]>,
     /// The block in execution, so that a store into it can cut it short.

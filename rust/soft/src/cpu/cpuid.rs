@@ -59,7 +59,7 @@ impl CpuidTable {
             };
             match compacted {
                 false => end.max(e.ebx + e.eax),
-                true if e.ecx & 2 != 0 => (end + 63 & !63) + e.eax,
+                true if e.ecx & 2 != 0 => ((end + 63) & !63) + e.eax,
                 true => end + e.eax,
             }
         })

@@ -57,7 +57,7 @@ impl Bench {
         let long = self.cpu.lma();
         let code = if long { sel::CODE64 } else { sel::CODE32 };
         let low =
-            handler(vector) | (code as u64) << 16 | (ist as u64) << 32 | (0x80 | dpl as u64 * 32 | kind as u64) << 40;
+            handler(vector) | (code as u64) << 16 | (ist as u64) << 32 | (0x80 | (dpl as u64 * 32) | kind as u64) << 40;
         let size = if long { 16 } else { 8 };
         self.put(IDT + size * vector as u64, low);
         if long {

@@ -52,6 +52,7 @@ impl Timers {
     }
 
     /// Takes the slots whose deadline has come.
+    #[cfg(test)]
     pub(crate) fn take_due(&self) -> Vec<Slot> {
         self.take_due_from(&mut lock(&self.queue))
     }

@@ -305,7 +305,7 @@ unsafe fn popf<T: Int>(cpu: &mut Cpu, _: &Op) -> R {
         may |= rflags::AC | rflags::ID;
     }
     let protected = cpu.protected();
-    if !protected && !vm || cpu.cpl == 0 && !vm {
+    if !vm && (!protected || cpu.cpl == 0) {
         may |= rflags::IOPL | rflags::IF;
     } else if cpu.cpl <= cpu.iopl() {
         may |= rflags::IF;

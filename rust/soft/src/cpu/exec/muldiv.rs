@@ -197,7 +197,7 @@ fn bind_mulx(b: &mut Binder) -> Option<Handler> {
 // ---- decimal adjust: outside of 64-bit mode only -------------------------------------------
 
 fn set_szp(cpu: &mut Cpu, value: u8, cf: bool, af: bool, of: bool) {
-    let parity = value.count_ones() % 2 == 0;
+    let parity = value.count_ones().is_multiple_of(2);
     let low =
         (value & 0x80) as u16 | ((value == 0) as u16) << 6 | (af as u16) << 4 | (parity as u16) << 2 | 2 | cf as u16;
     cpu.flags = low << 8 | of as u16;
