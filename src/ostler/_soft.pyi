@@ -49,6 +49,9 @@ class Vcpu:
     @property
     def run_page(self) -> memoryview:
         """`struct kvm_run` and the port-data page behind it, writable, shared with the engine."""
+    @property
+    def instructions(self) -> int:
+        """Instructions retired so far: a measure, no part of KVM's API. Waits for a running `run()`."""
     def kick(self) -> None:
         """Make the running `run()`, or else the next, raise InterruptedError."""
     def close(self) -> None:

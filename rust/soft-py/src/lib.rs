@@ -127,6 +127,12 @@ impl Vcpu {
         PyMemoryView::from(page.as_any())
     }
 
+    #[getter]
+    fn instructions(&self, py: Python<'_>) -> PyResult<u64> {
+        let vcpu = self.0.get()?;
+        Ok(py.detach(|| vcpu.instructions()))
+    }
+
     fn kick(&self) -> PyResult<()> {
         self.0.get()?.kick();
         Ok(())

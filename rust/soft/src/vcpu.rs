@@ -95,6 +95,11 @@ impl Vcpu {
         self.inner.local.peer.kick();
     }
 
+    /// Instructions retired since the vCPU was made; waits for a running `run`.
+    pub fn instructions(&self) -> u64 {
+        lock(&self.inner.core).cpu.retired
+    }
+
     /// One request; `arg` holds its structure and is updated in place. Errors are errno values.
     pub fn ioctl(&self, request: u32, arg: &mut [u8]) -> Answer {
         let inner = &*self.inner;
