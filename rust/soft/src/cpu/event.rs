@@ -98,6 +98,9 @@ fn combine(first: &Event, second: Event) -> Option<Event> {
     Some(if double { fault.into() } else { second })
 }
 
+/// Faults in a row on the way to a handler before the main loop has its turn.
+const MAX_SERIAL_FAULTS: u32 = 8;
+
 impl Cpu {
     /// Delivers the exception in `self.fault`; RIP is that of the instruction to return to.
     pub fn deliver_fault(&mut self) -> R {
@@ -131,10 +134,12 @@ impl Cpu {
         Ok(true)
     }
 
-    /// Delivers an event; faults on the way are combined with it.
+    /// Delivers an event; faults on the way are combined with it. Benign ones replace each other for
+    /// ever when a handler's stack is misaligned under alignment checks: then the event waits, so that
+    /// the main loop can be kicked.
     pub fn deliver(&mut self, event: Event) -> R {
         let mut event = event;
-        loop {
+        for _ in 0..MAX_SERIAL_FAULTS {
             self.note_payload(&event);
             match self.enter_handler(event) {
                 Ok(()) => {
@@ -155,6 +160,8 @@ impl Cpu {
                 }
             }
         }
+        self.postpone(event);
+        Ok(())
     }
 
     /// A table or stack lies in MMIO space: the event waits for user space's answer.
