@@ -380,14 +380,11 @@ impl Board for VcpuBoard {
 
     fn take_nmi(&mut self) -> bool {
         let Some(lapic) = self.0.lapic() else {
-            return self.0.nmis.swap(0, SeqCst) != 0;
+            return self.0.nmis.fetch_update(SeqCst, SeqCst, |nmis| nmis.checked_sub(1)).is_ok();
         };
-        let mut taken = false;
-        // The CPU keeps one more while it handles one; a third is lost, as on hardware.
-        while lapic.take_nmi() {
-            taken = true;
-        }
+        let taken = lapic.take_nmi();
         if taken {
+            // How many it keeps while it handles one is the CPU's business.
             lapic.nmi_done();
         }
         taken

@@ -154,15 +154,25 @@ impl Cpu {
                     self.start_at(page);
                 }
             }
-            if self.board.take_nmi() {
-                self.pending.nmi = true;
-            }
+            self.take_nmis();
         }
         if self.wait_sipi {
             return Ok(());
         }
         let delivered = self.pending_events(bits);
         delivered.map_err(|_| self.take_delivery_exit())
+    }
+
+    /// One NMI is delivered at once; one more is kept while its handler runs, the others are lost.
+    fn take_nmis(&mut self) {
+        if self.nmi_blocked || self.pending.nmi {
+            while self.board.take_nmi() {
+                self.pending.nmi = true;
+            }
+        } else if self.board.take_nmi() {
+            self.pending.nmi = true;
+            self.shared.raise(attention::EVENT);
+        }
     }
 
     fn pending_events(&mut self, bits: u32) -> R {
