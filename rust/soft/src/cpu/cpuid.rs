@@ -6,6 +6,7 @@ use super::state::{cr4, CpuidEntry, CpuidTable};
 use super::Cpu;
 
 const OSXSAVE: u32 = 1 << 27;
+const OSPKE: u32 = 1 << 4;
 const APIC: u32 = 1 << 9;
 const APIC_BASE_MSR: u32 = 0x1b;
 const APIC_ENABLE: u64 = 1 << 11;
@@ -73,6 +74,7 @@ impl Cpu {
         let mut e = found.unwrap_or_else(|| self.cpuid.fallback(function, index));
         match function {
             1 => self.dynamic_features(&mut e),
+            7 if index == 0 => e.ecx = e.ecx & !OSPKE | if self.cr4 & cr4::PKE != 0 { OSPKE } else { 0 },
             0xd if index == 0 => e.ebx = self.cpuid.xsave_size(self.xcr0, false),
             0xd if index == 1 && e.eax & 0xa != 0 => {
                 e.ebx = self.cpuid.xsave_size(self.xcr0 | self.msr.xss, true);

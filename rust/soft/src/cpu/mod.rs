@@ -274,6 +274,9 @@ pub struct Cpu {
     pub efer: u64,
     /// XCR0.
     pub xcr0: u64,
+    /// Rights of user pages by protection key. It is no XSAVE component here, nor part of a
+    /// saved state, and so is no default model's.
+    pub pkru: u32,
     /// Debug registers 0-3, then DR6 and DR7 in slots 6 and 7.
     pub dr: [u64; 8],
     /// Model-specific registers the CPU itself keeps.
@@ -351,6 +354,7 @@ impl Cpu {
             cr4: 0,
             efer: 0,
             xcr0: 1,
+            pkru: 0,
             dr: [0; 8],
             msr: state::Msrs::default(),
             cpuid: state::CpuidTable::default(),

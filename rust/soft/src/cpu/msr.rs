@@ -37,6 +37,7 @@ pub mod index {
     pub const LAST_INT_TO: u32 = 0x1de;
     pub const PAT: u32 = 0x277;
     pub const MTRR_DEF_TYPE: u32 = 0x2ff;
+    pub const PKRS: u32 = 0x6e1;
     pub const XSS: u32 = 0xda0;
     pub const EFER: u32 = 0xc000_0080;
     pub const STAR: u32 = 0xc000_0081;
@@ -47,6 +48,8 @@ pub mod index {
     pub const GS_BASE: u32 = 0xc000_0101;
     pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
     pub const TSC_AUX: u32 = 0xc000_0103;
+    pub const K7_EVNTSEL0: u32 = 0xc001_0000;
+    pub const K7_PERFCTR3: u32 = 0xc001_0007;
     pub const HWCR: u32 = 0xc001_0015;
     pub const DE_CFG: u32 = 0xc001_1029;
 }
@@ -117,10 +120,13 @@ impl Cpu {
             MISC_ENABLE => self.msr.misc_enable,
             SPEC_CTRL if host || self.has_spec_ctrl() => self.msr.spec_ctrl,
             ARCH_CAPABILITIES if host || self.cpuid.has(7, 3, 29) => self.msr.arch_capabilities,
+            PKRS if host || self.has_pks() => self.msr.pkrs as u64,
             XSS if host || self.cpuid.has(0xd, 0, 0) => self.msr.xss,
             MCG_STATUS => self.msr.mcg_status,
             MTRR_DEF_TYPE => self.msr.mtrr_def_type,
             BIOS_SIGN_ID => self.msr.bios_sign_id,
+            // AMD's four counters have no CPUID bit that denies them: they stay at zero.
+            K7_EVNTSEL0..=K7_PERFCTR3 if self.cpuid.amd() => 0,
             HWCR => self.msr.hwcr,
             DE_CFG => self.msr.de_cfg,
             MISC_FEATURES => self.msr.misc_features,
@@ -204,6 +210,11 @@ impl Cpu {
             PRED_CMD => when(self.has_spec_ctrl() && value & !1 == 0)?,
             FLUSH_CMD => when(self.cpuid.has(7, 3, 28) && value & !1 == 0)?,
             ARCH_CAPABILITIES if host => self.msr.arch_capabilities = value,
+            PKRS => {
+                when((host || self.has_pks()) && value >> 32 == 0)?;
+                self.msr.pkrs = value as u32;
+                self.keys_changed();
+            }
             XSS => {
                 when(value == 0)?;
                 self.msr.xss = value;
@@ -211,6 +222,7 @@ impl Cpu {
             MCG_STATUS => self.msr.mcg_status = value,
             MTRR_DEF_TYPE => self.msr.mtrr_def_type = value,
             BIOS_SIGN_ID if host => self.msr.bios_sign_id = value,
+            K7_EVNTSEL0..=K7_PERFCTR3 => when(self.cpuid.amd() && value == 0)?,
             HWCR => self.msr.hwcr = value,
             DE_CFG => self.msr.de_cfg = value,
             MISC_FEATURES => {
@@ -223,6 +235,10 @@ impl Cpu {
             _ => return Err(Gp),
         }
         Ok(())
+    }
+
+    fn has_pks(&self) -> bool {
+        self.cpuid.has(7, 2, 31)
     }
 
     fn has_spec_ctrl(&self) -> bool {

@@ -64,6 +64,7 @@ pub mod cr4 {
     pub const SMEP: u64 = 1 << 20;
     pub const SMAP: u64 = 1 << 21;
     pub const PKE: u64 = 1 << 22;
+    pub const PKS: u64 = 1 << 24;
 }
 
 /// IA32_EFER bits.
@@ -146,6 +147,7 @@ pub struct Msrs {
     pub spec_ctrl: u64,
     pub arch_capabilities: u64,
     pub xss: u64,
+    pub pkrs: u32,
     pub mcg_status: u64,
     pub mtrr_def_type: u64,
     pub bios_sign_id: u64,
@@ -260,6 +262,7 @@ impl Cpu {
     /// Power-on or RESET state. SDM vol. 3, table 9-1.
     pub fn reset(&mut self) {
         self.xcr0 = 1;
+        self.pkru = 0;
         self.dr = [0; 8];
         self.cr2 = 0;
         self.msr = Msrs { pat: 0x0007_0406_0007_0406, misc_enable: 1, ..Msrs::default() };

@@ -1,7 +1,6 @@
 //! Page walks: 4-level, PAE and 32-bit paging, with exact error codes and atomic A/D updates.
 //!
-//! SDM vol. 3, 4.3-4.7. Left out: 5-level paging, protection keys, shadow stacks (not in any CPU
-//! model).
+//! SDM vol. 3, 4.3-4.7. Left out: 5-level paging, shadow stacks (not in any CPU model).
 
 use super::state::{cr0, cr4, efer, rflags};
 use super::{Cpu, R};
@@ -15,6 +14,7 @@ pub mod pf {
     pub const U: u32 = 4;
     pub const RSVD: u32 = 8;
     pub const I: u32 = 16;
+    pub const PK: u32 = 32;
 }
 
 const P: u64 = 1;
@@ -24,6 +24,8 @@ const A: u64 = 1 << 5;
 const D: u64 = 1 << 6;
 const PS: u64 = 1 << 7;
 const NX: u64 = 1 << 63;
+/// Where a leaf entry has its protection key.
+const KEY_SHIFT: u32 = 59;
 
 /// Who accesses and how.
 #[derive(Clone, Copy, Debug, Default)]
@@ -57,6 +59,8 @@ struct Rights {
     user: bool,
     write: bool,
     nx: bool,
+    /// The protection key's access-disable and write-disable bits, if one applies.
+    key: u32,
 }
 
 impl Cpu {
@@ -104,7 +108,7 @@ impl Cpu {
         let nxe = self.efer & efer::NXE != 0;
         let address_mask = ((1u64 << self.phys_bits) - 1) & !0xfff;
         let reserved = !((1u64 << self.phys_bits) - 1) & 0x000f_ffff_ffff_ffff | if nxe { 0 } else { NX };
-        let mut rights = Rights { user: true, write: true, nx: false };
+        let mut rights = Rights { user: true, write: true, nx: false, key: 0 };
         let (mut level, mut table) = if long {
             (4u32, self.cr3 & address_mask)
         } else {
@@ -147,7 +151,10 @@ impl Cpu {
                 level -= 1;
                 continue;
             }
-            self.check(rights, access).map_err(|()| base | pf::P)?;
+            if long {
+                rights.key = self.key_rights(rights.user, pte);
+            }
+            self.check(rights, access).map_err(|keys| base | pf::P | keys)?;
             let want = A | if access.write { D } else { 0 };
             if update && pte & want != want {
                 // Another CPU may have changed the entry since: then start over.
@@ -163,7 +170,7 @@ impl Cpu {
     }
 
     fn walk32(&mut self, linear: u64, access: Access, base: u32, update: bool) -> Result<Page, u32> {
-        let mut rights = Rights { user: true, write: true, nx: false };
+        let mut rights = Rights { user: true, write: true, nx: false, key: 0 };
         let at = (self.cr3 & 0xffff_f000) + ((linear >> 22) & 0x3ff) * 4;
         let Some(cell) = self.entry32(at) else {
             return Err(base | pf::P | pf::RSVD);
@@ -198,7 +205,7 @@ impl Cpu {
         };
         rights.user &= pte & US as u32 != 0;
         rights.write &= pte & RW as u32 != 0;
-        self.check(rights, access).map_err(|()| base | pf::P)?;
+        self.check(rights, access).map_err(|keys| base | pf::P | keys)?;
         let want = (A | if access.write { D } else { 0 }) as u32;
         if update && pte & want != want {
             let Some(cell) = self.entry32(at) else {
@@ -212,8 +219,30 @@ impl Cpu {
         Ok(self.page(page_base | (linear & offset), rights, access, (pte | want) & D as u32 != 0))
     }
 
-    /// SDM vol. 3, 4.6.1: whether the rights allow the access.
-    fn check(&self, rights: Rights, access: Access) -> Result<(), ()> {
+    /// The two bits that PKRU, or IA32_PKRS for supervisor pages, has for a leaf entry's key.
+    fn key_rights(&self, user: bool, pte: u64) -> u32 {
+        let (enable, register) = if user { (cr4::PKE, self.pkru) } else { (cr4::PKS, self.msr.pkrs) };
+        if self.cr4 & enable == 0 {
+            return 0;
+        }
+        register >> (2 * (pte >> KEY_SHIFT & 15)) & 3
+    }
+
+    /// SDM vol. 3, 4.6.2: keys restrict data accesses; writes by the supervisor with CR0.WP only.
+    fn key_forbids(&self, rights: Rights, access: Access) -> bool {
+        let write_disabled = rights.key & 2 != 0 && access.write && (access.user || self.cr0 & cr0::WP != 0);
+        !access.exec && (rights.key & 1 != 0 || write_disabled)
+    }
+
+    /// After PKRU, IA32_PKRS changed: cached translations hold rights by the old keys.
+    pub(crate) fn keys_changed(&mut self) {
+        if self.cr4 & (cr4::PKE | cr4::PKS) != 0 {
+            self.flush_all();
+        }
+    }
+
+    /// SDM vol. 3, 4.6.1: whether the rights allow the access; if not, the error code's PK bit.
+    fn check(&self, rights: Rights, access: Access) -> Result<(), u32> {
         let forbidden = if access.user {
             !rights.user || access.write && !rights.write
         } else if access.exec {
@@ -221,8 +250,9 @@ impl Cpu {
         } else {
             rights.user && access.smap || access.write && !rights.write && self.cr0 & cr0::WP != 0
         };
-        if forbidden || access.exec && rights.nx {
-            Err(())
+        let by_key = self.key_forbids(rights, access);
+        if forbidden || by_key || access.exec && rights.nx {
+            Err(if by_key { pf::PK } else { 0 })
         } else {
             Ok(())
         }
@@ -261,5 +291,63 @@ impl Cpu {
     #[inline]
     pub fn alignment_checked(&self) -> bool {
         self.tlb.mode == super::mmu::Mode::User && self.cr0 & cr0::AM != 0 && self.sys_flags as u64 & rflags::AC != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::state::seg;
+    use crate::cpu::testing::Bench;
+    use crate::cpu::vector;
+
+    const PAGE: u64 = 0x20_0000;
+
+    /// The 2 MiB page at [`PAGE`] has key 2; `user` as all pages.
+    fn bench(user: bool) -> Bench {
+        let mut bench = Bench::new(8 << 20).long_mode(0x10_000, user);
+        let entry = bench.word(0x3008) | 2 << KEY_SHIFT;
+        bench.load(0x3008, &entry.to_le_bytes());
+        bench.cpu.cr4 |= if user { cr4::PKE } else { cr4::PKS };
+        bench
+    }
+
+    fn store(bench: &mut Bench) -> Option<u32> {
+        let result = bench.cpu.wr(PAGE, 1u32, seg::DS);
+        result.err().map(|_| {
+            assert_eq!(bench.cpu.fault.vector, vector::PF);
+            bench.cpu.fault.error.unwrap_or(0)
+        })
+    }
+
+    fn load(bench: &mut Bench) -> bool {
+        bench.cpu.rd::<u32>(PAGE, seg::DS).is_ok()
+    }
+
+    #[test]
+    fn test_key_write_disabled_stops_user_writes_and_with_wp_the_supervisors() {
+        let mut bench = bench(true);
+        assert_eq!(store(&mut bench), None);
+        bench.cpu.pkru = 0x20;
+        bench.cpu.keys_changed();
+        assert_eq!(store(&mut bench), Some(pf::P | pf::W | pf::PK));
+        assert!(load(&mut bench));
+        bench.cpu.cr0 &= !cr0::WP;
+        assert_eq!(store(&mut bench), None);
+        bench.cpu.flush_all();
+        bench.cpu.cpl = 3;
+        bench.cpu.update_mmu_mode();
+        assert_eq!(store(&mut bench), Some(pf::P | pf::W | pf::U | pf::PK));
+    }
+
+    #[test]
+    fn test_key_access_disabled_stops_loads_of_its_kind_of_pages_only() {
+        for user in [true, false] {
+            let mut bench = bench(user);
+            (bench.cpu.pkru, bench.cpu.msr.pkrs) = if user { (0x10, 0) } else { (0, 0x10) };
+            assert!(!load(&mut bench));
+            (bench.cpu.pkru, bench.cpu.msr.pkrs) = (bench.cpu.msr.pkrs, bench.cpu.pkru);
+            assert!(load(&mut bench));
+        }
     }
 }

@@ -23,8 +23,8 @@ const LEAF1_EDX: u32 = bits(&[0, 2, 3, 4, 5, 6, 8, 9, 11, 13, 15, 16, 17, 19, 23
 const LEAF1_ECX: u32 = bits(&[0, 1, 9, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 30, 31]);
 /// FSGSBASE TSC_ADJUST BMI1 SMEP BMI2 ERMS INVPCID RDSEED ADX SMAP CLFLUSHOPT SHA.
 const LEAF7_EBX: u32 = bits(&[0, 1, 3, 7, 8, 9, 10, 18, 19, 20, 23, 29]);
-/// UMIP.
-const LEAF7_ECX: u32 = bits(&[2]);
+/// UMIP PKU PKS.
+const LEAF7_ECX: u32 = bits(&[2, 3, 31]);
 /// FSRM SPEC_CTRL ARCH_CAPABILITIES SSBD.
 const LEAF7_EDX: u32 = bits(&[4, 26, 29, 31]);
 /// Subleaf 2: BHI_CTRL.

@@ -17,7 +17,7 @@ use iced_x86::Register;
 const CR0_KNOWN: u64 =
     cr0::PE | cr0::MP | cr0::EM | cr0::TS | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::NW | cr0::CD | cr0::PG;
 /// CR4 bits that choose how addresses translate.
-const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP;
+const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP | cr4::PKE | cr4::PKS;
 
 impl Cpu {
     /// The CR4 bits the CPU model has. Without any CPUID set, all that the interpreter knows.
@@ -32,6 +32,8 @@ impl Cpu {
             (7, 1, 7, cr4::SMEP),
             (7, 1, 20, cr4::SMAP),
             (7, 2, 2, cr4::UMIP),
+            (7, 2, 3, cr4::PKE),
+            (7, 2, 31, cr4::PKS),
         ];
         let none_set = self.cpuid.entries.is_empty();
         let has =

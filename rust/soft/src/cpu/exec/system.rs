@@ -173,6 +173,31 @@ unsafe fn rdpmc(cpu: &mut Cpu, _: &Op) -> R {
     Err(cpu.gp(0))
 }
 
+// ---- protection keys --------------------------------------------------------------------
+
+unsafe fn rdpkru(cpu: &mut Cpu, _: &Op) -> R {
+    if cpu.cr4 & cr4::PKE == 0 {
+        return Err(cpu.ud());
+    }
+    if cpu.regs[1] as u32 != 0 {
+        return Err(cpu.gp(0));
+    }
+    edx_eax(cpu, cpu.pkru as u64);
+    Ok(())
+}
+
+unsafe fn wrpkru(cpu: &mut Cpu, _: &Op) -> R {
+    if cpu.cr4 & cr4::PKE == 0 {
+        return Err(cpu.ud());
+    }
+    if cpu.regs[1] as u32 != 0 || cpu.regs[2] as u32 != 0 {
+        return Err(cpu.gp(0));
+    }
+    cpu.pkru = cpu.regs[0] as u32;
+    cpu.keys_changed();
+    Err(Stop::Leave)
+}
+
 // ---- XCR0 -------------------------------------------------------------------------------
 
 unsafe fn xgetbv(cpu: &mut Cpu, _: &Op) -> R {
@@ -337,6 +362,7 @@ pub const ROWS: &[Row] = rows! {
         Invlpg => |_| Some(invlpg), Invpcid => |_| Some(invpcid),
         Wbinvd => |_| Some(cache_all), Wbnoinvd => |_| Some(cache_all), Invd => |_| Some(cache_all),
         Rdmsr => |_| Some(rdmsr), Wrmsr => |_| Some(wrmsr),
+        Rdpkru => |_| Some(rdpkru), Wrpkru => |_| Some(wrpkru),
         Xsetbv => |_| Some(xsetbv), Hlt => |_| Some(hlt),
         Cli => |_| Some(cli), Sti => |_| Some(sti),
         Clac => |_| Some(change_ac::<false>), Stac => |_| Some(change_ac::<true>),
