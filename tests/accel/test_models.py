@@ -72,6 +72,20 @@ def test_model_unknown_name_lists_the_known() -> None:
         model("i486")
 
 
+def test_model_changes_follow_its_name() -> None:
+    changed = model("ostler-v2.1,+pku,-x2apic,vendor=amd")
+
+    assert changed.features == model().features - {"x2apic"} | {"pku"}
+    assert by_leaf(changed.cpuid(0, 1, 1_000_000))[0, 0].ebx.to_bytes(4, "little") == b"Auth"
+    assert changed.name == "ostler-v2.1,+pku,-x2apic,vendor=amd"
+
+
+@pytest.mark.parametrize("change", ["+unheard", "pku", "", "vendor=via", "-"])
+def test_model_change_that_is_none_is_refused(change: str) -> None:
+    with pytest.raises(BadRequest, match=r"expected \+FEATURE or -FEATURE"):
+        model(f"ostler-v2.1,{change}")
+
+
 @pytest.mark.parametrize(("vcpus", "bits"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (64, 6)])
 def test_topology_of_n_vcpus_is_one_socket_of_n_cores(vcpus: int, bits: int) -> None:
     leaves = by_leaf(model().cpuid(vcpus - 1, vcpus, 1_000_000))

@@ -88,7 +88,7 @@ FEATURES: dict[str, Feature] = {
             29: "sha_ni",
         },
     ),
-    **_row(0x7, 0, "ecx", {2: "umip"}),
+    **_row(0x7, 0, "ecx", {2: "umip", 3: "pku", 31: "pks"}),
     **_row(0x7, 0, "edx", {4: "fsrm", 26: "spec_ctrl", 29: "arch_capabilities"}),
     **_row(0x7, 2, "edx", {4: "bhi_ctrl"}),
     **_row(0xD, 1, "eax", {0: "xsaveopt", 1: "xsavec", 2: "xgetbv1", 3: "xsaves"}),

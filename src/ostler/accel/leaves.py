@@ -11,7 +11,7 @@ from ostler.accel.features import FEATURES
 
 Registers = tuple[int, int, int, int]
 
-_VENDOR = b"GenuineIntel"
+VENDORS = {"intel": b"GenuineIntel", "amd": b"AuthenticAMD"}
 _KVM_SIGNATURE = b"KVMKVMKVM\0\0\0"
 _REGISTERS = ("eax", "ebx", "ecx", "edx")
 
@@ -40,6 +40,7 @@ class Processor:
     brand: str
     features: frozenset[str]
     physical_bits: int
+    vendor: str = "intel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def signature(*, family: int, model: int, stepping: int) -> int:
 def build(processor: Processor, place: Place) -> list[CpuidEntry2]:
     """All leaves, in order."""
     table: dict[tuple[int, int], Registers] = {
-        (0x0, 0): _vendor(_LAST_BASIC),
+        (0x0, 0): _vendor(processor.vendor, _LAST_BASIC),
         (0x1, 0): (processor.signature, _leaf_1_ebx(place), 0, (place.vcpus > 1) << 28),
         (0x2, 0): (0x00FF01, 0, 0, 0),  # "see leaf 4"
         **_caches(place),
@@ -113,8 +114,8 @@ def _words(text: bytes) -> tuple[int, int, int]:
     return first, second, third
 
 
-def _vendor(last_leaf: int) -> Registers:
-    ebx, edx, ecx = _words(_VENDOR)  # the name reads on through EBX, EDX, ECX
+def _vendor(vendor: str, last_leaf: int) -> Registers:
+    ebx, edx, ecx = _words(VENDORS[vendor])  # the name reads on through EBX, EDX, ECX
     return last_leaf, ebx, ecx, edx
 
 

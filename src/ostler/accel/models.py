@@ -23,14 +23,16 @@ each immunity by a bit of its own, which `ostler.accel.fitting` checks against K
 
 The engine follows Intel where vendors differ: SYSENTER works in long mode, SYSCALL in 64-bit mode only.
 Left out on purpose: MTRR, MCE, PMU, VME, MONITOR, TSX, AVX (an `ostler-v3` brings it with the translator).
+
+A model can be changed where it is named, for tests of single features: `ostler-v2.1,+pku,-x2apic,vendor=amd`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ostler.abi.kvm.state import CpuidEntry2
 from ostler.accel import leaves
-from ostler.accel.features import ARCH_CAPABILITIES, MSR_ARCH_CAPABILITIES
+from ostler.accel.features import ARCH_CAPABILITIES, FEATURES, MSR_ARCH_CAPABILITIES
 from ostler.errors import BadRequest
 
 MSR_UCODE_REV = 0x8B
@@ -66,6 +68,7 @@ class CpuModel:
     signature: int = _SIGNATURE
     physical_bits: int = 39  # of the smallest KVM hosts, Intel's desktop processors
     immunities: frozenset[str] = field(default=frozenset(ARCH_CAPABILITIES))
+    vendor: str = "intel"
 
     @property
     def msrs(self) -> Mapping[int, int]:
@@ -76,7 +79,11 @@ class CpuModel:
     def cpuid(self, vcpu_id: int, vcpus: int, tsc_khz: int) -> list[CpuidEntry2]:
         """The leaves vCPU `vcpu_id` of `vcpus` shows: one socket of single-threaded cores."""
         processor = leaves.Processor(
-            signature=self.signature, brand=self.brand, features=self.features, physical_bits=self.physical_bits
+            signature=self.signature,
+            brand=self.brand,
+            features=self.features,
+            physical_bits=self.physical_bits,
+            vendor=self.vendor,
         )
         return leaves.build(processor, leaves.Place(vcpu_id, vcpus, tsc_khz))
 
@@ -93,8 +100,25 @@ DEFAULT_MODEL = "ostler-v2.1"
 
 
 def model(name: str = DEFAULT_MODEL) -> CpuModel:
-    """The model of that name. Raises BadRequest, which lists those there are."""
-    try:
-        return MODELS[name]
-    except KeyError:
-        raise BadRequest(f"CPU model {name!r} is unknown: expected one of {', '.join(sorted(MODELS))}") from None
+    """The model of that name, with the changes that follow it. Raises BadRequest, which says what there is."""
+    known, *changes = name.split(",")
+    if known not in MODELS:
+        raise BadRequest(f"CPU model {known!r} is unknown: expected one of {', '.join(sorted(MODELS))}")
+    chosen = MODELS[known]
+    for change in changes:
+        chosen = _changed(chosen, change)
+    return replace(chosen, name=name)
+
+
+def _changed(chosen: CpuModel, change: str) -> CpuModel:
+    sign, feature = change[:1], change[1:]
+    if sign in ("+", "-") and feature in FEATURES:
+        changed = chosen.features | {feature} if sign == "+" else chosen.features - {feature}
+        return replace(chosen, features=changed)
+    key, _, vendor = change.partition("=")
+    if key == "vendor" and vendor in leaves.VENDORS:
+        return replace(chosen, vendor=vendor)
+    raise BadRequest(
+        f"CPU model {chosen.name!r} cannot be changed by {change!r}: "
+        f"expected +FEATURE or -FEATURE as in /proc/cpuinfo, or vendor={'|'.join(leaves.VENDORS)}"
+    )

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ostler.accel.models import DEFAULT_MODEL, MODELS
+from ostler.accel.models import DEFAULT_MODEL, model
 from ostler.accel.opener import NAMES as ACCELERATORS
 from ostler.config.sizes import MIB, format_size, parse_size
 from ostler.errors import BadRequest
@@ -47,8 +47,11 @@ def _cpus(value: object) -> int:
 
 
 def _cpu_model(value: str) -> str:
-    if value not in MODELS:
-        raise ValueError(f"expected one of {', '.join(sorted(MODELS))}")
+    try:
+        model(value)
+    except BadRequest as error:
+        # Of "what is wrong: what was expected", the second half; the field and the value are put before it.
+        raise ValueError(str(error).rpartition(": ")[2]) from error
     return value
 
 
