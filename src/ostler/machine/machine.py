@@ -22,7 +22,7 @@ from ostler.boot.load import load_guest
 from ostler.config import GuestSpec
 from ostler.errors import BadRequest, HostError
 from ostler.machine.board import Board, Chipset, Wiring
-from ostler.machine.processor import enter, wire_local_interrupts
+from ostler.machine.processor import enter, give_pics_their_vectors, wire_local_interrupts
 from ostler.memory import GuestMemory
 from ostler.memory.layout import PAGE_SIZE
 
@@ -48,6 +48,7 @@ class Machine:
                 raise HostError(f"guest memory of {spec.memory_bytes} bytes: {error.strerror or error}") from error
             self.vm = stack.enter_context(accel.create_vm())
             self.vm.create_irqchip()
+            give_pics_their_vectors(self.vm)
             self.vm.create_pit2()
             self.vm.set_gsi_routing(pc_routes())
             self.memory.register(self.vm)

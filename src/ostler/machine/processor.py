@@ -1,12 +1,13 @@
-"""Putting the first processor where a boot protocol wants it, and all of them behind a firmware.
+"""Putting the first processor where a boot protocol wants it, and all of them, with the PICs, behind a firmware.
 
 Field meanings: Intel SDM volume 3, sections 3.4 (descriptors) and 11.5 (local vector table).
 """
 
 from __future__ import annotations
 
+from ostler.abi.kvm import board as kvm_board
 from ostler.abi.kvm.state import Segment, Sregs
-from ostler.accel.api import VCPU, Regs
+from ostler.accel.api import VCPU, VM, Regs
 from ostler.boot.entry import CpuMode, EntryState
 from ostler.boot.lowmem import BOOT_CODE, BOOT_DATA, BOOT_TSS
 
@@ -19,6 +20,9 @@ FLAT_LIMIT, TSS_LIMIT = 0xFFFF_FFFF, 0x67
 
 LAPIC_LVT_LINT0, LAPIC_LVT_LINT1 = 0x350, 0x360
 DELIVERY_NMI, DELIVERY_EXTINT = 0x400, 0x700
+
+# Where the interrupt vector table of real mode has the lines of the two PICs.
+PIC_VECTORS = {kvm_board.KVM_IRQCHIP_PIC_MASTER: 0x08, kvm_board.KVM_IRQCHIP_PIC_SLAVE: 0x70}
 
 
 def enter(vcpu: VCPU, entry: EntryState) -> None:
@@ -56,3 +60,11 @@ def wire_local_interrupts(vcpu: VCPU) -> None:
     for register, mode in ((LAPIC_LVT_LINT0, DELIVERY_EXTINT), (LAPIC_LVT_LINT1, DELIVERY_NMI)):
         lapic.regs[register : register + 4] = mode.to_bytes(4, "little")
     vcpu.set_lapic(lapic)
+
+
+def give_pics_their_vectors(vm: VM) -> None:
+    """What firmware leaves behind: a PIC nobody initialised would call vector 0 and up, the exceptions'."""
+    for chip_id, first_vector in PIC_VECTORS.items():
+        chip = vm.get_irqchip(chip_id)
+        chip.chip.pic.irq_base = first_vector
+        vm.set_irqchip(chip)

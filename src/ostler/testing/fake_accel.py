@@ -26,6 +26,7 @@ from ostler.accel.api import (
     ExitReason,
     FailEntry,
     InternalError,
+    Irqchip,
     LapicState,
     Mmio,
     PortIo,
@@ -215,10 +216,17 @@ class FakeVm:
         self.lines: list[tuple[int, int]] = []
         self.vcpus: list[FakeVcpu] = []
         self.written: list[tuple[int, int]] = []
+        self.chips: dict[int, Irqchip] = {}
         self.closed = False
 
     def create_irqchip(self) -> None:
         self.order.append("irqchip")
+
+    def get_irqchip(self, chip_id: int) -> Irqchip:
+        return self.chips.get(chip_id) or Irqchip(chip_id=chip_id)
+
+    def set_irqchip(self, chip: Irqchip) -> None:
+        self.chips[chip.chip_id] = chip
 
     def create_pit2(self) -> None:
         self.order.append("pit")

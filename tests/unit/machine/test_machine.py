@@ -52,6 +52,7 @@ def test_machine_creates_chips_before_processors_and_registers_memory() -> None:
         assert accel.vm.order == ["irqchip", "pit", "vcpu0", "vcpu1", "vcpu2"]
         assert accel.vm.slots == [(0, 0, 32 * MIB)]
         assert all(vcpu.cpuid for vcpu in accel.vm.vcpus)
+        assert [accel.vm.chips[chip_id].chip.pic.irq_base for chip_id in (0, 1)] == [0x08, 0x70]
         assert accel.vm.vcpus[2].lapic.regs[0x351] == 0x07
     assert accel.vm.closed
 
