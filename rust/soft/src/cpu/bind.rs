@@ -42,6 +42,16 @@ impl Thunks {
         Some(address)
     }
 
+    /// How many are kept; see `truncate`.
+    pub(crate) fn len(&self) -> usize {
+        self.kept.len()
+    }
+
+    /// Operations decoded since there were `count` are gone: single-stepping must not pile up.
+    pub(crate) fn truncate(&mut self, count: usize) {
+        self.kept.truncate(count);
+    }
+
     /// The operations that pointed to thunks are gone.
     pub(crate) fn clear(&mut self) {
         self.kept.clear();

@@ -318,11 +318,19 @@ impl Cpu {
             self.debug_before()?;
         }
         self.shadow = 0;
-        let op = self.decode_one()?;
+        let kept = self.blocks.thunks.len();
+        let op = match self.decode_one() {
+            Ok(op) => op,
+            Err(stop) => {
+                self.blocks.thunks.truncate(kept);
+                return Err(stop);
+            }
+        };
         self.regs[17] = self.rip;
         self.blocks.current = std::ptr::null_mut();
         // SAFETY: bind() made the operation.
         let result = unsafe { (op.f)(self, &op) };
+        self.blocks.thunks.truncate(kept);
         let stop = match result {
             Ok(()) => Stop::Leave,
             Err(stop) => stop,
