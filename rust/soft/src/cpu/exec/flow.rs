@@ -7,7 +7,7 @@ use crate::cpu::alu::condition;
 use crate::cpu::bind::{segment_number, Binder, Kind};
 use crate::cpu::mmu::canonical;
 use crate::cpu::op::{Handler, Op, ADDR16, ADDR32, OP16};
-use crate::cpu::state::{rflags, seg, CodeSize};
+use crate::cpu::state::{cr4, rflags, seg, CodeSize};
 use crate::cpu::table::Row;
 use crate::cpu::{Cpu, Stop, R};
 use crate::{rows, sized};
@@ -284,19 +284,45 @@ unsafe fn popa<T: Int>(cpu: &mut Cpu, _: &Op) -> R {
 }
 
 unsafe fn pushf<T: Int>(cpu: &mut Cpu, _: &Op) -> R {
-    let vm = cpu.sys_flags as u64 & rflags::VM != 0;
-    if vm && cpu.iopl() < 3 {
-        return Err(cpu.gp(0));
+    let mut image = cpu.rflags() & !(rflags::VM | rflags::RF);
+    if vm86_flags::<T>(cpu)? {
+        let vif = image & rflags::VIF != 0;
+        image = image & !rflags::IF | rflags::IOPL | if vif { rflags::IF } else { 0 };
     }
-    let image = cpu.rflags() & !(rflags::VM | rflags::RF);
     cpu.push(T::from_u64(image))
 }
 
 /// POPF: which bits may change depends on CPL and IOPL. SDM vol. 2B, POPF, table 4-15.
-unsafe fn popf<T: Int>(cpu: &mut Cpu, _: &Op) -> R {
-    let vm = cpu.sys_flags as u64 & rflags::VM != 0;
-    if vm && cpu.iopl() < 3 {
+/// POPF in virtual-8086 mode whose IF is VIF. SDM vol. 2, POPF; vol. 3, 22.2.
+fn popf_vme(cpu: &mut Cpu) -> R {
+    let (rsp, mut image) = (cpu.regs[4], cpu.pop::<u16>()? as u64);
+    let busy = image & rflags::IF != 0 && cpu.sys_flags as u64 & rflags::VIP != 0;
+    if busy || image & rflags::TF != 0 {
+        cpu.regs[4] = rsp;
         return Err(cpu.gp(0));
+    }
+    image |= if image & rflags::IF != 0 { rflags::VIF } else { 0 };
+    let keep = rflags::IF | rflags::IOPL | (!0xffff & !rflags::VIF);
+    cpu.set_rflags(cpu.rflags() & keep | image & !keep);
+    Ok(())
+}
+
+/// PUSHF and POPF in virtual-8086 mode below IOPL 3: `true` when CR4.VME lets the 16-bit forms
+/// work on VIF instead of IF, else #GP(0).
+fn vm86_flags<T: Int>(cpu: &mut Cpu) -> R<bool> {
+    if !cpu.vm86() || cpu.iopl() == 3 {
+        return Ok(false);
+    }
+    if cpu.cr4 & cr4::VME == 0 || T::SIZE != 2 {
+        return Err(cpu.gp(0));
+    }
+    Ok(true)
+}
+
+unsafe fn popf<T: Int>(cpu: &mut Cpu, _: &Op) -> R {
+    let vm = cpu.vm86();
+    if vm86_flags::<T>(cpu)? {
+        return popf_vme(cpu);
     }
     let value = cpu.pop::<T>()?.to_u64();
     let arithmetic = rflags::CF | rflags::PF | rflags::AF | rflags::ZF | rflags::SF | rflags::OF;
@@ -406,3 +432,48 @@ pub const ROWS: &[Row] = rows! {
         Enter => bind_enter, Leave => bind_leave,
     }
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::segment::vm86_segment;
+    use crate::cpu::testing::Bench;
+
+    /// PUSHF, POPF in virtual-8086 mode with IOPL 0.
+    fn vm86(flags: u64, vme: bool, code: &[u8]) -> Bench {
+        let mut bench = Bench::new(1 << 20).protected(0).user();
+        bench.cpu.set_rflags(flags | rflags::VM);
+        bench.cpu.segs = [vm86_segment(0x1000); 6];
+        bench.cpu.cr4 |= if vme { cr4::VME } else { 0 };
+        (bench.cpu.rip, bench.cpu.regs[4]) = (0, 0x8000);
+        bench.cpu.update_modes();
+        bench.load(0x1_0000, code);
+        bench
+    }
+
+    #[test]
+    fn test_pushf_in_virtual_8086_mode_shows_vif_as_if() {
+        let mut bench = vm86(rflags::VIF, true, &[0x9c]);
+        bench.step();
+        assert_eq!(bench.word(0x1_7ffe) & 0xffff, rflags::IF | rflags::IOPL | 2);
+        let mut off = vm86(rflags::VIF, false, &[0x9c]);
+        assert_eq!(off.cpu.step_raw(), Err(Stop::Fault));
+        assert_eq!(off.cpu.regs[4], 0x8000);
+    }
+
+    #[test]
+    fn test_popf_in_virtual_8086_mode_changes_vif_and_neither_if_nor_iopl() {
+        let mut bench = vm86(rflags::IF, true, &[0x9d]);
+        bench.load(0x1_8000, &0x3203u16.to_le_bytes());
+        bench.step();
+        assert_eq!(bench.cpu.rflags(), rflags::VM | rflags::VIF | rflags::IF | 3);
+    }
+
+    #[test]
+    fn test_popf_that_would_open_a_pending_virtual_interrupt_is_gp() {
+        let mut bench = vm86(rflags::VIP, true, &[0x9d]);
+        bench.load(0x1_8000, &0x202u16.to_le_bytes());
+        assert_eq!(bench.cpu.step_raw(), Err(Stop::Fault));
+        assert_eq!((bench.cpu.regs[4], bench.cpu.rip), (0x8000, 0));
+    }
+}

@@ -386,3 +386,139 @@ pub const ROWS: &[Row] = rows! {
         Cldemote => |_| Some(nothing),
     }
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::fixture::handler;
+    use crate::cpu::state::CpuidEntry;
+    use crate::cpu::testing::Bench;
+
+    const CODE: u64 = 0x1_0000;
+
+    fn long(code: &[u8]) -> Bench {
+        Bench::new(1 << 20).long(CODE).code(code)
+    }
+
+    /// Whether the one instruction raises the exception.
+    fn raises(mut bench: Bench, vector: u8) -> bool {
+        bench.step();
+        bench.cpu.rip == handler(vector)
+    }
+
+    #[test]
+    fn test_privileged_instructions_in_user_mode_are_gp() {
+        let codes: [&[u8]; 10] = [
+            &[0xf4],
+            &[0x0f, 0x01, 0x38],
+            &[0x0f, 0x32],
+            &[0x0f, 0x30],
+            &[0x0f, 0x09],
+            &[0x0f, 0x01, 0xf8],
+            &[0xfa],
+            &[0xfb],
+            &[0x0f, 0x01, 0x10],
+            &[0x0f, 0x33],
+        ];
+        for code in codes {
+            assert!(raises(long(code).user(), 13), "{code:x?}");
+        }
+    }
+
+    #[test]
+    fn test_umip_hides_the_tables_from_user_mode() {
+        // sgdt [0x2_0000]
+        let code = [0x0f, 0x01, 0x04, 0x25, 0, 0, 2, 0];
+        let mut open = long(&code).user();
+        open.step();
+        assert_eq!(open.word(0x2_0002), 0x4000);
+        let mut closed = long(&code).user();
+        closed.cpu.cr4 |= cr4::UMIP;
+        assert!(raises(closed, 13));
+    }
+
+    #[test]
+    fn test_lidt_with_non_canonical_base_is_gp() {
+        // lidt [0x2_0000]
+        let mut bench = long(&[0x0f, 0x01, 0x1c, 0x25, 0, 0, 2, 0]);
+        bench.load(0x2_0002, &(1u64 << 47).to_le_bytes());
+        assert!(raises(bench, 13));
+    }
+
+    #[test]
+    fn test_sti_holds_interrupts_off_only_when_it_changes_if() {
+        let mut bench = long(&[0xfb, 0xfb]);
+        bench.step();
+        assert_eq!((bench.cpu.shadow, bench.cpu.rip), (shadow::STI, CODE + 1));
+        bench.step();
+        assert_eq!(bench.cpu.shadow, 0);
+    }
+
+    #[test]
+    fn test_cli_with_pvi_clears_vif() {
+        let mut bench = long(&[0xfa]).user();
+        bench.cpu.cr4 |= cr4::PVI;
+        bench.cpu.set_rflags(rflags::IF | rflags::VIF);
+        bench.step();
+        assert_eq!(bench.cpu.rflags(), rflags::IF | 2);
+    }
+
+    #[test]
+    fn test_invpcid_checks_its_descriptor() {
+        // invpcid rax, [0x2_0000]
+        let code = [0x66, 0x0f, 0x38, 0x82, 0x04, 0x25, 0, 0, 2, 0];
+        for (kind, pcid, address, bad) in
+            [(4, 0, 0, true), (2, 1 << 12, 0, true), (0, 1, 0, true), (0, 0, 1 << 47, true), (2, 5, 1 << 47, false)]
+        {
+            let mut bench = long(&code);
+            bench.cpu.regs[0] = kind;
+            bench.load(0x2_0000, &u64::to_le_bytes(pcid));
+            bench.load(0x2_0008, &u64::to_le_bytes(address));
+            assert_eq!(raises(bench, 13), bad, "type {kind} pcid {pcid:#x}");
+        }
+    }
+
+    #[test]
+    fn test_xsetbv_wants_x87_and_what_cpuid_has() {
+        for (value, good) in [(1u64, true), (3, true), (7, true), (2, false), (5, false), (0x11, false)] {
+            let mut bench = long(&[0x0f, 0x01, 0xd1]);
+            bench.cpu.cr4 |= cr4::OSXSAVE;
+            bench.cpu.cpuid.entries = vec![CpuidEntry { function: 0xd, eax: 7, ..CpuidEntry::default() }];
+            (bench.cpu.regs[0], bench.cpu.regs[2]) = (value, 0);
+            assert_eq!(raises(bench, 13), !good, "{value:#x}");
+        }
+        assert!(raises(long(&[0x0f, 0x01, 0xd1]), 6));
+    }
+
+    #[test]
+    fn test_rdtsc_follows_tsd() {
+        let mut closed = long(&[0x0f, 0x31]).user();
+        closed.cpu.cr4 |= cr4::TSD;
+        assert!(raises(closed, 13));
+        assert!(!raises(long(&[0x0f, 0x31]).user(), 13));
+    }
+
+    #[test]
+    fn test_swapgs_exchanges_the_base_with_its_shadow() {
+        // swapgs; mov rax, gs:[0]
+        let mut bench = long(&[0x0f, 0x01, 0xf8, 0x65, 0x48, 0x8b, 0x04, 0x25, 0, 0, 0, 0]);
+        bench.cpu.msr.kernel_gs_base = 0x2_0000;
+        bench.cpu.set_base(seg::GS, 0x3_0000);
+        bench.load(0x2_0000, &[0x77]);
+        bench.step();
+        bench.step();
+        assert_eq!((bench.cpu.regs[0], bench.cpu.msr.kernel_gs_base), (0x77, 0x3_0000));
+    }
+
+    #[test]
+    fn test_wrmsr_checks_values() {
+        let cpu = &mut long(&[]).cpu;
+        let bad =
+            [(0x277, 2), (0xc000_0080, 1 << 12), (0xc000_0101, 1 << 47), (0xc000_0103, 1 << 32), (0x1234_5678, 0)];
+        for (msr, value) in bad {
+            assert_eq!(cpu.write_msr(msr, value, false), Err(Gp), "{msr:#x}");
+        }
+        assert_eq!(cpu.write_msr(0x277, 0x0006_0504_0100_0706, false), Ok(()));
+        assert_eq!(cpu.read_msr(0x277, false), Ok(0x0006_0504_0100_0706));
+    }
+}
