@@ -136,17 +136,18 @@ impl<'a> Campaign<'a> {
         let (sequence, kinds) = self.generator.sequence();
         let rip = self.place_for(&sequence);
         let (code, starts) = sequence.lay_out(rip);
-        let mut case = Case { code, starts, state: State::default(), fill: 0, pokes: Vec::new() };
+        let bits = self.generator.bits;
+        let mut case = Case { bits, code, starts, state: State::default(), fill: 0, pokes: Vec::new() };
         let codes: Vec<Code> = case.instructions().iter().map(|instruction| instruction.code()).collect();
         for _ in 0..VARIANTS {
-            case.state = values::initial_state(&mut self.rng, &kinds);
+            case.state = values::initial_state(&mut self.rng, &kinds, bits);
             case.state.rip = rip;
             case.fill = self.rng.below(FILLS);
             match self.comparer.compare(&case, &self.fills[case.fill as usize]) {
                 Verdict::Same => self.count(&codes),
                 Verdict::Skipped => self.totals.skipped += 1,
                 Verdict::Different { .. } => {
-                    let subject = shrink::Subject { sequence, state: case.state, fill: case.fill };
+                    let subject = shrink::Subject { bits, sequence, state: case.state, fill: case.fill };
                     return Some(self.reduce(subject));
                 }
             }
@@ -206,5 +207,8 @@ pub fn report(case: &Case, verdict: Verdict, differences: &str) -> String {
         listing += &format!("  {:#x}  {:<32} {text}\n", instruction.ip(), bytes.join(" "));
     }
     let state = compare::describe(&case.state);
-    format!("{verdict:?}\n{listing}from (memory fill {})\n{state}differences\n{differences}", case.fill)
+    format!(
+        "{verdict:?}, {} bits\n{listing}from (memory fill {})\n{state}differences\n{differences}",
+        case.bits, case.fill
+    )
 }

@@ -1,7 +1,7 @@
 //! What differs between two outcomes, and what may.
 
 use crate::layout::*;
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Instruction, Mnemonic, Register};
 
 /// Flags the manual leaves undefined are compared all the same: the interpreter takes them from the
 /// host's own instructions (where it does not, `generate.rs` makes them defined). What hardware is
@@ -23,6 +23,14 @@ pub fn excuse(case: &Case, native: &Outcome, ours: &mut Outcome) {
             *ours = native.clone();
         }
         return;
+    }
+    if case.bits == 32 && at_the_top(&instruction, &native.state) {
+        // SDM vol. 3, 5.3: whether an access beyond 4 GiB exceeds a limit of 4 GiB depends on the CPU.
+        ours.end = native.end;
+    }
+    if matches!(instruction.mnemonic(), Mnemonic::Popa | Mnemonic::Popad) {
+        // Some of the registers may have been loaded before the fault, as with a store in parts.
+        ours.state.gpr = native.state.gpr;
     }
     if several_operands(&instruction) {
         // SDM vol. 3, 6.9: in which order one instruction's operands fault depends on the CPU.
@@ -55,9 +63,21 @@ pub fn excuse(case: &Case, native: &Outcome, ours: &mut Outcome) {
     }
 }
 
+/// Whether an operand may reach beyond 4 GiB.
+fn at_the_top(instruction: &Instruction, state: &State) -> bool {
+    let register = |register: Register, _: usize, _: usize| {
+        let known = register.is_gpr().then(|| state.gpr[register.full_register().number()] & 0xffff_ffff);
+        known.or(register.is_segment_register().then_some(0))
+    };
+    let pushed = state.gpr[4].wrapping_sub(32) & 0xffff_ffff;
+    let implicit = [state.gpr[4], pushed, state.gpr[6], state.gpr[7]];
+    let explicit = (0..instruction.op_count()).filter_map(|index| instruction.virtual_address(index, 0, register));
+    explicit.map(|address| address & 0xffff_ffff).chain(implicit).any(|address| address >= 0xffff_fe00)
+}
+
 /// `pushfq`, with which `generate.rs` begins to make undefined flags defined, did not get that far.
 fn launders(instruction: &Instruction) -> bool {
-    instruction.mnemonic() == Mnemonic::Pushfq
+    matches!(instruction.mnemonic(), Mnemonic::Pushfq | Mnemonic::Pushfd)
 }
 
 fn is_dot_product(instruction: &Instruction) -> bool {
@@ -96,6 +116,8 @@ fn stores_in_parts(instruction: &Instruction) -> bool {
             | M::Xsaveopt
             | M::Xsaveopt64
             | M::Enter
+            | M::Pusha
+            | M::Pushad
             | M::Fbstp
             | M::Fstp
             // The return address, before the target turns out to be bad.

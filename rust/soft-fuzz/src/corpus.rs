@@ -2,6 +2,7 @@
 //! comment.
 //!
 //! ```text
+//! bits 64
 //! rip 0x10000100
 //! code 4801d8 90
 //! gpr 0x0 0x0 ... (16)
@@ -48,6 +49,7 @@ pub fn print(case: &Case, note: &str) -> String {
     ends.push(case.code.len());
     let code: Vec<String> = ends.windows(2).map(|pair| hex(&case.code[pair[0]..pair[1]])).collect();
     let gpr: Vec<String> = case.state.gpr.iter().map(|value| format!("{value:#x}")).collect();
+    let _ = writeln!(out, "bits {}", case.bits);
     let _ = writeln!(out, "rip {:#x}\ncode {}\ngpr {}", case.state.rip, code.join(" "), gpr.join(" "));
     let _ = writeln!(out, "rflags {:#x}\nbases {:#x} {:#x}", case.state.rflags, case.state.fs, case.state.gs);
     let _ = writeln!(out, "fx {}\nfill {}", hex(&case.state.fx), case.fill);
@@ -60,7 +62,7 @@ pub fn print(case: &Case, note: &str) -> String {
 /// The case in a text; lines that are missing leave their part as [`State::default`] has it.
 pub fn parse(text: &str) -> Result<Case, String> {
     let state = State { rip: CODE + 0x100, ..State::default() };
-    let mut case = Case { code: Vec::new(), starts: Vec::new(), state, fill: 0, pokes: Vec::new() };
+    let mut case = Case { bits: 64, code: Vec::new(), starts: Vec::new(), state, fill: 0, pokes: Vec::new() };
     for line in text.lines() {
         let line = line.split('#').next().unwrap_or("").trim();
         let Some((name, rest)) = line.split_once(' ') else { continue };
@@ -72,7 +74,7 @@ pub fn parse(text: &str) -> Result<Case, String> {
     let mut at = 0;
     while at < case.code.len() {
         case.starts.push(at);
-        at += Decoder::with_ip(64, &case.code[at..], 0, DecoderOptions::NONE).decode().len().max(1);
+        at += Decoder::with_ip(case.bits, &case.code[at..], 0, DecoderOptions::NONE).decode().len().max(1);
     }
     Ok(case)
 }
@@ -81,6 +83,10 @@ fn parse_line(case: &mut Case, name: &str, rest: &str) -> Result<(), String> {
     let numbers = || rest.split_whitespace().map(number).collect::<Result<Vec<u64>, String>>();
     let wrong = |what: &str| format!("{name}: expected {what}, got {rest}");
     match name {
+        "bits" => match number(rest)? {
+            bits @ (32 | 64) => case.bits = bits as u32,
+            _ => return Err(wrong("32 or 64")),
+        },
         "rip" => case.state.rip = number(rest)?,
         "code" => case.code = unhex(rest)?,
         "gpr" => case.state.gpr = numbers()?.try_into().map_err(|_| wrong("16 numbers"))?,
@@ -111,13 +117,13 @@ mod tests {
     fn test_parse_of_print_gives_the_case_back() {
         let mut state = State { rip: CODE + 0x80, fs: 3, ..State::default() };
         state.gpr[9] = u64::MAX;
-        let code = vec![0x48, 0x01, 0xd8, 0x90];
-        let case = Case { code, starts: vec![0, 3], state, fill: 9, pokes: vec![(DATA, vec![1, 2])] };
+        let code = vec![0x66, 0x01, 0xd8, 0x90];
+        let case = Case { bits: 32, code, starts: vec![0, 3], state, fill: 9, pokes: vec![(DATA, vec![1, 2])] };
 
         let again = parse(&print(&case, "a note")).unwrap();
 
         assert_eq!((&again.code, &again.starts, &again.state), (&case.code, &case.starts, &case.state));
-        assert_eq!((again.fill, again.pokes), (9, case.pokes));
+        assert_eq!((again.bits, again.fill, again.pokes), (32, 9, case.pokes));
     }
 
     #[test]

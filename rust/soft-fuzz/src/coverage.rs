@@ -3,6 +3,15 @@
 use crate::select::Catalogue;
 use iced_x86::{Code, Mnemonic};
 
+/// The encodings of both modes.
+fn codes(catalogue: &Catalogue) -> Vec<Code> {
+    let both = catalogue.rows.iter().flat_map(|row| row.codes.iter().chain(&row.codes32));
+    let mut codes: Vec<Code> = both.copied().collect();
+    codes.sort();
+    codes.dedup();
+    codes
+}
+
 /// Counts per encoding.
 pub struct Coverage {
     completed: Vec<u64>,
@@ -32,18 +41,19 @@ impl Coverage {
 
     /// Encodings of the catalogue that were executed, and all of them.
     pub fn encodings(&self, catalogue: &Catalogue) -> (usize, usize) {
-        let codes = catalogue.rows.iter().flat_map(|row| &row.codes);
-        (codes.clone().filter(|&&code| self.covered(code)).count(), codes.count())
+        let all = codes(catalogue);
+        (all.iter().filter(|&&code| self.covered(code)).count(), all.len())
     }
 
     /// Encodings never executed.
-    pub fn missing_encodings<'a>(&'a self, catalogue: &'a Catalogue) -> impl Iterator<Item = Code> + 'a {
-        catalogue.rows.iter().flat_map(|row| &row.codes).copied().filter(|&code| !self.covered(code))
+    pub fn missing_encodings(&self, catalogue: &Catalogue) -> Vec<Code> {
+        codes(catalogue).into_iter().filter(|&code| !self.covered(code)).collect()
     }
 
     /// Rows of which no encoding was executed.
     pub fn missing_rows(&self, catalogue: &Catalogue) -> Vec<Mnemonic> {
-        let missing = catalogue.rows.iter().filter(|row| !row.codes.iter().any(|&code| self.covered(code)));
+        let missing =
+            catalogue.rows.iter().filter(|row| !row.codes.iter().chain(&row.codes32).any(|&code| self.covered(code)));
         missing.map(|row| row.mnemonic).collect()
     }
 

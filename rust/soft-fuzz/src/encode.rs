@@ -57,6 +57,8 @@ pub struct Form {
     pub si: bool,
     /// Uses `rDI`.
     pub di: bool,
+    /// 64, or 32 for compatibility mode.
+    pub bits: u32,
     /// Writes a segment register, or is about control and debug registers.
     pub system: bool,
     fixed_reg: Option<u8>,
@@ -119,7 +121,7 @@ pub struct Encoded {
 impl Form {
     /// Takes an encoding apart; `None` where an operand is of a kind that user code of this CPU
     /// model never has (far pointers, AVX registers).
-    pub fn new(code: Code) -> Option<Self> {
+    pub fn new(code: Code, bits: u32) -> Option<Self> {
         let info = code.op_code();
         let mut form = Self {
             code,
@@ -133,6 +135,7 @@ impl Form {
             moffs: false,
             si: false,
             di: false,
+            bits,
             system: false,
             fixed_reg: u8::try_from(info.group_index()).ok(),
             fixed_rm: u8::try_from(info.rm_group_index()).ok(),
@@ -177,7 +180,7 @@ impl Form {
             K::br16_1 | K::br32_1 | K::br64_1 => self.set_branch(1),
             K::br32_4 | K::br64_4 => self.set_branch(4),
             K::mem_offs => {
-                self.immediates.push(8);
+                self.immediates.push(self.bits as u8 / 8);
                 self.moffs = true;
             }
             K::seg_rSI => self.si = true,
@@ -202,7 +205,7 @@ impl Form {
         let mut bytes = choice.noise.clone();
         let memory = choice.memory.unwrap_or_default();
         bytes.extend(memory.segment);
-        if memory.short || self.code.op_code().address_size() == 32 {
+        if memory.short || !matches!(self.code.op_code().address_size(), 0 | 64) && self.other_address_size() {
             bytes.push(0x67);
         }
         bytes.extend(choice.prefix);
@@ -224,12 +227,20 @@ impl Form {
         if has_modrm {
             let reg = self.fixed_reg.unwrap_or(choice.reg) & 7;
             match (choice.memory, self.fixed_rm) {
-                (Some(address), None) => rip_at = address.encode(reg, choice.long_displacement, &mut bytes),
+                (Some(address), None) => {
+                    rip_at = address.encode(reg, choice.long_displacement, &mut bytes);
+                    // The same form is an absolute address in 32-bit code.
+                    rip_at = rip_at.filter(|_| self.bits == 64);
+                }
                 (_, rm) => bytes.push(0xc0 | reg << 3 | rm.unwrap_or(choice.rm) & 7),
             }
         }
         bytes.extend_from_slice(&choice.immediate);
         Encoded { bytes, rip_at }
+    }
+
+    fn other_address_size(&self) -> bool {
+        self.code.op_code().address_size() != self.bits
     }
 
     /// REX.R, X and B in bits 2, 1 and 0.
@@ -252,7 +263,7 @@ impl Form {
             bytes.push(0x66);
         }
         bytes.extend(mandatory);
-        let wide = self.wide.unwrap_or(choice.wide);
+        let wide = self.wide.unwrap_or(choice.wide) && self.bits == 64;
         let rex = 0x40 | (wide as u8) << 3 | extension;
         if rex != 0x40 || choice.rex {
             bytes.push(rex);
@@ -353,14 +364,20 @@ mod tests {
     fn test_encode_of_every_code_decodes_to_the_same_code() {
         let (mut seen, mut wrong) = (0, Vec::new());
         let on_host = |code: &Code| code.cpuid_features().iter().all(|&feature| host_has(feature));
-        for code in Code::values().filter(|&code| usable(code)).filter(on_host) {
-            let Some(form) = Form::new(code) else { continue };
-            let address = Address { base: Some(3), index: Some((9, 2)), disp: 0x40, ..Address::default() };
+        let both = [64, 32].into_iter().flat_map(|bits| Code::values().map(move |code| (code, bits)));
+        for (code, bits) in both.filter(|&(code, bits)| usable(code, bits) && on_host(&code)) {
+            let Some(form) = Form::new(code, bits) else { continue };
+            let address = Address {
+                base: Some(3),
+                index: Some((if bits == 64 { 9 } else { 1 }, 2)),
+                disp: 0x40,
+                ..Address::default()
+            };
             let immediate = vec![1; form.immediates.iter().map(|&n| n as usize).sum()];
             let memory = (form.rm == Rm::Memory || form.rm == Rm::Either).then_some(address);
             let choice = Choice { reg: 1, rm: 2, opcode_reg: 1, memory, immediate, ..Choice::default() };
             let encoded = form.encode(&choice);
-            let decoded = Decoder::new(64, &encoded.bytes, 0).decode();
+            let decoded = Decoder::new(bits, &encoded.bytes, 0).decode();
             // Reserved NOPs of which a part became hints.
             let renamed = matches!(decoded.mnemonic(), Mnemonic::Prefetchw | Mnemonic::Prefetcht0)
                 && code.mnemonic() == Mnemonic::Reservednop;

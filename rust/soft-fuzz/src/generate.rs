@@ -6,7 +6,7 @@ use crate::encode::{Address, Bank, Choice, Form, Rm};
 use crate::layout::*;
 use crate::recipes;
 use crate::rng::Rng;
-use crate::select::{is_safe, usable, Catalogue};
+use crate::select::{is_safe, usable, Catalogue, RowCodes};
 use crate::sequence::{Field, Item, Jump, Sequence};
 use crate::values::{self, Kind};
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess};
@@ -25,13 +25,31 @@ pub struct Generator<'a> {
     pub kinds: [Kind; 16],
     /// This sequence may use XRSTOR; otherwise the XSAVE family.
     pub restores: bool,
-    rows: Vec<(Class, Vec<Form>)>,
-    user: Vec<usize>,
-    simd: Vec<usize>,
-    branch: Vec<usize>,
+    /// 64, or 32 for compatibility mode.
+    pub bits: u32,
+    pools: [Pool; 2],
     items: Vec<Item>,
     information: InstructionInfoFactory,
     _catalogue: &'a Catalogue,
+}
+
+/// The forms of one mode, by row, and the rows of each class.
+struct Pool {
+    rows: Vec<Vec<Form>>,
+    user: Vec<usize>,
+    simd: Vec<usize>,
+    branch: Vec<usize>,
+}
+
+impl Pool {
+    fn new(catalogue: &Catalogue, bits: u32) -> Self {
+        let forms = |codes: &[Code]| codes.iter().filter_map(|&code| Form::new(code, bits)).collect();
+        let codes = |row: &RowCodes| if bits == 64 { row.codes.clone() } else { row.codes32.clone() };
+        let rows: Vec<(Class, Vec<Form>)> = catalogue.rows.iter().map(|row| (row.class, forms(&codes(row)))).collect();
+        let of = |class| (0..rows.len()).filter(|&index| rows[index].0 == class && !rows[index].1.is_empty()).collect();
+        let (user, simd, branch) = (of(Class::User), of(Class::Simd), of(Class::Branch));
+        Self { user, simd, branch, rows: rows.into_iter().map(|(_, forms)| forms).collect() }
+    }
 }
 
 /// Where an instruction's memory operand should lead.
@@ -46,17 +64,12 @@ pub struct Need {
 impl<'a> Generator<'a> {
     /// A generator for the rows of a catalogue.
     pub fn new(catalogue: &'a Catalogue, seed: u64) -> Self {
-        let forms = |codes: &[Code]| codes.iter().filter_map(|&code| Form::new(code)).collect::<Vec<_>>();
-        let rows: Vec<_> = catalogue.rows.iter().map(|row| (row.class, forms(&row.codes))).collect();
-        let of = |class| (0..rows.len()).filter(|&index: &usize| rows[index].0 == class).collect();
         Self {
             rng: Rng::new(seed),
             kinds: [Kind::Value; 16],
             restores: false,
-            user: of(Class::User),
-            simd: of(Class::Simd),
-            branch: of(Class::Branch),
-            rows,
+            bits: 64,
+            pools: [Pool::new(catalogue, 64), Pool::new(catalogue, 32)],
             items: Vec::new(),
             information: InstructionInfoFactory::new(),
             _catalogue: catalogue,
@@ -65,6 +78,7 @@ impl<'a> Generator<'a> {
 
     /// A new sequence and what its registers should hold at the start.
     pub fn sequence(&mut self) -> (Sequence, [Kind; 16]) {
+        self.bits = if self.rng.percent(15) { 32 } else { 64 };
         let kinds = self.initial_kinds();
         self.kinds = kinds;
         self.items.clear();
@@ -93,25 +107,27 @@ impl<'a> Generator<'a> {
         if self.rng.percent(50) {
             kinds[5] = Kind::Stack;
         }
+        if self.bits == 32 {
+            kinds[8..].fill(Kind::Value);
+        }
         kinds
     }
 
     /// Adds one instruction with its preparations; false when the attempt gave nothing.
     fn instruction(&mut self, family: u64) -> bool {
+        let pool = &self.pools[(self.bits == 32) as usize];
         let list = match (family, self.rng.below(100)) {
-            (0 | 1, 0..=4) => &self.branch,
-            (0 | 1, _) => &self.simd,
-            (2 | 3, 0..=79) | (_, 0..=44) => &self.user,
-            (2 | 3, _) | (_, 45..=54) => &self.branch,
-            _ => &self.simd,
+            (0 | 1, 0..=4) => &pool.branch,
+            (0 | 1, _) => &pool.simd,
+            (2 | 3, 0..=79) | (_, 0..=44) => &pool.user,
+            (2 | 3, _) | (_, 45..=54) => &pool.branch,
+            _ => &pool.simd,
         };
-        let list = [list, &self.user, &self.simd].into_iter().find(|list| !list.is_empty());
-        let Some(list) = list else { return false };
-        let row = list[self.rng.below(list.len() as u64) as usize];
-        let forms = &self.rows[row].1;
-        if forms.is_empty() {
+        if list.is_empty() {
             return false;
         }
+        let row = list[self.rng.below(list.len() as u64) as usize];
+        let forms = &pool.rows[row];
         let form = forms[self.rng.below(forms.len() as u64) as usize].clone();
         let before = self.items.len();
         let made = recipes::cook(self, &form);
@@ -154,7 +170,7 @@ impl<'a> Generator<'a> {
             rm: self.register(Some(form.rm_bank)),
             opcode_reg: self.register(form.opcode_reg),
             vvvv: self.gpr(),
-            rex: self.rng.percent(10),
+            rex: self.bits == 64 && self.rng.percent(10),
             wide: self.rng.percent(10),
             long_displacement: self.rng.percent(5),
             ..Choice::default()
@@ -163,7 +179,7 @@ impl<'a> Generator<'a> {
             choice.memory = Some(self.address(need));
         }
         if form.moffs {
-            choice.immediate = self.data_address(need).to_le_bytes().to_vec();
+            choice.immediate = self.data_address(need).to_le_bytes()[..self.bits as usize / 8].to_vec();
         } else {
             for &size in &form.immediates {
                 let value = values::integer(&mut self.rng).to_le_bytes();
@@ -175,8 +191,9 @@ impl<'a> Generator<'a> {
             choice.prefix = Some(0xf0);
         }
         if self.rng.percent(4) && !form.branch {
-            let noise = self.rng.pick(&[0x66, 0x67, 0xf2, 0xf3, 0x2e, 0x36, 0x3e, 0x26, 0x48, 0x4f, 0x40]);
-            choice.noise.push(noise);
+            let noise = [0x66, 0xf2, 0xf3, 0x2e, 0x36, 0x3e, 0x26, 0x67, 0x48, 0x4f, 0x40];
+            let fitting = if self.bits == 64 { &noise[..] } else { &noise[..7] };
+            choice.noise.push(self.rng.pick(fitting));
         }
         choice
     }
@@ -186,15 +203,20 @@ impl<'a> Generator<'a> {
             None => 0,
             Some(Bank::Eight) => self.rng.below(8) as u8,
             Some(Bank::Segment) => self.rng.below(6) as u8,
-            Some(Bank::Xmm | Bank::Gpr8) => self.rng.below(16) as u8,
+            Some(Bank::Xmm | Bank::Gpr8) => self.rng.below(self.registers()) as u8,
             Some(Bank::Gpr) => self.gpr(),
         }
+    }
+
+    /// How many registers the mode has.
+    fn registers(&self) -> u64 {
+        self.bits as u64 / 4
     }
 
     /// A general register: seldom RSP, rather no pointer.
     pub fn gpr(&mut self) -> u8 {
         loop {
-            let register = self.rng.below(16) as u8;
+            let register = self.rng.below(self.registers()) as u8;
             let spare = match self.kinds[register as usize] {
                 Kind::Stack => 92,
                 Kind::Pointer => 60,
@@ -234,7 +256,7 @@ impl<'a> Generator<'a> {
                 let disp = self.aligned(disp, need.align) as i32;
                 Address { base: Some(RSP), disp, ..Address::default() }
             }
-            28..=33 if need.at.is_none() => self.segmented(need),
+            28..=33 if need.at.is_none() && self.bits == 64 => self.segmented(need),
             34 => {
                 let base = self.any_but_rsp();
                 let value = values::bad_pointer(&mut self.rng);
@@ -244,7 +266,7 @@ impl<'a> Generator<'a> {
             _ => self.based(need),
         };
         // In the lower 4 GiB a 32-bit address is as good, as long as the base is below it too.
-        address.short = self.rng.percent(5) && address.segment.is_none();
+        address.short = self.bits == 64 && self.rng.percent(5) && address.segment.is_none();
         if self.rng.percent(2) && !address.rip {
             address.segment = Some(self.rng.pick(&[0x26, 0x2e, 0x36, 0x3e]));
         }
@@ -276,7 +298,7 @@ impl<'a> Generator<'a> {
         let raw = if self.rng.percent(50) { raw / 16 } else { raw };
         let disp = self.aligned(raw as u64, need.align) as i32;
         let mut address = Address { base: Some(base), disp, ..Address::default() };
-        let small = self.rng.below(16) as u8;
+        let small = self.rng.below(self.registers()) as u8;
         if self.kinds[small as usize] == Kind::Small && small != RSP && need.align <= 1 {
             address.index = Some((small, self.rng.below(4) as u8));
         } else if self.rng.percent(10) && need.align <= 1 {
@@ -290,8 +312,10 @@ impl<'a> Generator<'a> {
         address
     }
 
-    fn any_but_rsp(&mut self) -> u8 {
-        (5 + self.rng.below(15) as u8) & 15
+    /// A general register other than RSP.
+    pub fn any_but_rsp(&mut self) -> u8 {
+        let count = self.registers();
+        ((RSP as u64 + 1 + self.rng.below(count - 1)) % count) as u8
     }
 
     /// A register that leads into the data area.
@@ -323,6 +347,7 @@ impl<'a> Generator<'a> {
     pub fn load(&mut self, register: u8, value: u64, kind: Kind) {
         let (high, low) = (register >> 3, register & 7);
         let mut bytes;
+        let value = if self.bits == 32 { value & 0xffff_ffff } else { value };
         if let Ok(small) = u32::try_from(value) {
             bytes = if high != 0 { vec![0x41, 0xb8 | low] } else { vec![0xb8 | low] };
             bytes.extend_from_slice(&small.to_le_bytes());
@@ -356,13 +381,13 @@ impl<'a> Generator<'a> {
     /// Encodes and adds an instruction; false when the bytes mean something else that must not run.
     pub fn emit(&mut self, form: &Form, choice: &Choice, glued: bool) -> bool {
         let encoded = form.encode(choice);
-        let Some(instruction) = decode(&encoded.bytes) else { return false };
+        let Some(instruction) = decode(&encoded.bytes, self.bits) else { return false };
         let undefined = if is_laundered(&instruction) { undefined_flags(&instruction) } else { 0 };
         if undefined != 0 {
             self.ensure(RSP, Kind::Stack);
         }
         let mut item = Item { glued, ..Item::default() };
-        if let Some(address) = choice.memory.filter(|address| address.rip) {
+        if let Some(address) = choice.memory.filter(|address| address.rip && self.bits == 64) {
             item.rip = encoded.rip_at.map(|at| (at, address.disp as u64));
         }
         if form.branch {
@@ -383,7 +408,8 @@ impl<'a> Generator<'a> {
     /// `pushfq`; `and qword ptr [rsp], mask`; `popfq`.
     fn launder(&mut self, undefined: u32) {
         self.raw(&[0x9c], true);
-        let mut clear = vec![0x48, 0x81, 0x24, 0x24];
+        let mut clear = if self.bits == 64 { vec![0x48] } else { Vec::new() };
+        clear.extend_from_slice(&[0x81, 0x24, 0x24]);
         clear.extend_from_slice(&(!undefined).to_le_bytes());
         self.raw(&clear, true);
         self.raw(&[0x9d], true);
@@ -397,7 +423,7 @@ impl<'a> Generator<'a> {
     }
 
     fn note_writes(&mut self, bytes: &[u8]) {
-        if let Some(instruction) = decode(bytes) {
+        if let Some(instruction) = decode(bytes, self.bits) {
             self.note(&instruction);
         }
     }
@@ -424,13 +450,28 @@ impl<'a> Generator<'a> {
 }
 
 /// Instructions whose undefined flags the interpreter does not take from the same instruction of the
-/// host: rotates and shifts by an immediate (it has the form with CL), BMI (it computes the result).
+/// host: rotates and shifts by an immediate (it has the form with CL), BMI and decimal adjustments
+/// (it computes the result).
 fn is_laundered(instruction: &Instruction) -> bool {
     use Mnemonic as M;
     matches!(
         instruction.mnemonic(),
         M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shl | M::Sal | M::Shr | M::Sar | M::Shld | M::Shrd
-    ) || matches!(instruction.mnemonic(), M::Andn | M::Bextr | M::Blsi | M::Blsmsk | M::Blsr | M::Bzhi)
+    ) || matches!(
+        instruction.mnemonic(),
+        M::Andn
+            | M::Bextr
+            | M::Blsi
+            | M::Blsmsk
+            | M::Blsr
+            | M::Bzhi
+            | M::Aaa
+            | M::Aas
+            | M::Aad
+            | M::Aam
+            | M::Daa
+            | M::Das
+    )
 }
 
 /// RFLAGS bits that the instruction leaves undefined.
@@ -445,10 +486,10 @@ fn undefined_flags(instruction: &Instruction) -> u32 {
 }
 
 /// Decodes an instruction that must fill the bytes, be an encoding that may run here, and have a row.
-pub fn decode(bytes: &[u8]) -> Option<Instruction> {
-    let mut decoder = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE);
+pub fn decode(bytes: &[u8], bits: u32) -> Option<Instruction> {
+    let mut decoder = Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE);
     let instruction = decoder.decode();
-    let good = instruction.len() == bytes.len() && usable(instruction.code()) && is_safe(instruction.mnemonic());
+    let good = instruction.len() == bytes.len() && usable(instruction.code(), bits) && is_safe(instruction.mnemonic());
     // On Intel's CPUs 66 changes nothing for near branches; on AMD's it does.
     let branch16 = bytes.contains(&0x66) && instruction.flow_control() != iced_x86::FlowControl::Next;
     let plain = instruction.mnemonic() != Mnemonic::INVALID;

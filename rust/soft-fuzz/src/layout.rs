@@ -27,6 +27,25 @@ pub const CONTEXT: u64 = 0x5bad_c000;
 /// Where the native executor keeps the address that the jump at a sequence's end takes.
 pub const EXIT_POINTER: u64 = CONTEXT + 696;
 
+/// End of the code area's part for sequences; behind it are the [`stubs`].
+pub const STUBS: u64 = CODE + CODE_BYTES as u64 - 64;
+/// Where the native executor keeps the far pointer to a 32-bit sequence.
+pub const FAR_POINTER: u64 = CONTEXT + 776;
+/// Linux's code segments for user programs, by bits.
+pub const CS32: u16 = 0x23;
+/// See [`CS32`].
+pub const CS64: u16 = 0x33;
+
+/// 64-bit code at [`STUBS`]: the way out of 32-bit sequences, and, 16 bytes further, the way in.
+pub fn stubs() -> Vec<u8> {
+    let mut bytes = vec![0xff, 0x24, 0x25];
+    bytes.extend_from_slice(&(EXIT_POINTER as u32).to_le_bytes());
+    bytes.resize(16, 0xcc);
+    bytes.extend_from_slice(&[0xff, 0x2c, 0x25]);
+    bytes.extend_from_slice(&(FAR_POINTER as u32).to_le_bytes());
+    bytes
+}
+
 /// Offset in the data area of two valid XSAVE images (standard, compacted), 0x400 bytes each.
 pub const XSAVE_IMAGES: u64 = 0x2000;
 /// Offset in the data area of a valid FNSAVE image.
@@ -88,8 +107,13 @@ impl State {
     }
 
     /// Clears what no instruction defines: reserved bytes of the image (MXCSR_MASK among them), and
-    /// RF, which only tells how the state was captured.
-    pub fn normalise(&mut self) {
+    /// RF, which only tells how the state was captured; for 32-bit code also the upper halves.
+    pub fn normalise(&mut self, bits: u32) {
+        if bits == 32 {
+            self.gpr[8..].fill(0);
+            self.gpr.iter_mut().for_each(|register| *register &= 0xffff_ffff);
+            (self.fs, self.gs) = (0, 0);
+        }
         self.rflags &= !(1 << 16);
         self.fx[5] = 0;
         self.fx[28..32].fill(0);
@@ -208,6 +232,8 @@ impl Default for Outcome {
 /// A program with what it starts from.
 #[derive(Clone)]
 pub struct Case {
+    /// 64, or 32 for compatibility mode.
+    pub bits: u32,
     /// The bytes, without the jump at the end.
     pub code: Vec<u8>,
     /// Offsets in `code` where its instructions begin.
@@ -239,15 +265,21 @@ impl Case {
     pub fn instructions(&self) -> Vec<Instruction> {
         let decode = |&start: &usize| {
             let rip = self.state.rip + start as u64;
-            Decoder::with_ip(64, &self.code[start..], rip, DecoderOptions::NONE).decode()
+            Decoder::with_ip(self.bits, &self.code[start..], rip, DecoderOptions::NONE).decode()
         };
         self.starts.iter().map(decode).collect()
     }
 
-    /// The code followed by the jump out, `jmp qword ptr [EXIT_POINTER]`: natively it leads back to
-    /// the executor, for the interpreter it is a page fault at a known address.
+    /// The code followed by the jump out, `jmp qword ptr [EXIT_POINTER]` or `jmp CS64:STUBS`: natively
+    /// it leads back to the executor, for the interpreter it is a fault of a known kind.
     pub fn image(&self) -> Vec<u8> {
         let mut image = self.code.clone();
+        if self.bits == 32 {
+            image.push(0xea);
+            image.extend_from_slice(&(STUBS as u32).to_le_bytes());
+            image.extend_from_slice(&CS64.to_le_bytes());
+            return image;
+        }
         image.extend_from_slice(&[0xff, 0x24, 0x25]);
         image.extend_from_slice(&(EXIT_POINTER as u32).to_le_bytes());
         image

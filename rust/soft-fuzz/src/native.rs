@@ -35,11 +35,14 @@ struct Context {
     ticks: u64,
     mxcsr: u64,
     watched: u64,
+    _reserved: u64,
+    far: u64,
 }
 
 const _: () = assert!(std::mem::offset_of!(Context, exit) as u64 == EXIT_POINTER - CONTEXT);
 const _: () = assert!(std::mem::offset_of!(Context, active) == 704);
 const _: () = assert!(std::mem::offset_of!(Context, mxcsr) == 752);
+const _: () = assert!(std::mem::offset_of!(Context, far) as u64 == FAR_POINTER - CONTEXT);
 
 global_asm!(
     ".globl ostler_fuzz_enter",
@@ -195,6 +198,8 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, frame: *mut libc::
         m.gregs[libc::REG_RIP as usize] = ostler_fuzz_recover as *const () as i64;
         m.gregs[libc::REG_RSP as usize] = c.host_rsp as i64;
         m.gregs[libc::REG_EFL as usize] = 0x202;
+        let selectors = &mut m.gregs[libc::REG_CSGSFS as usize];
+        *selectors = *selectors & !0xffff | CS64 as i64;
     }
 }
 
@@ -270,6 +275,8 @@ impl Native {
             std::ptr::copy_nonoverlapping(contents.as_ptr(), page, READ_ONLY_BYTES);
             libc::mprotect(page as *mut _, READ_ONLY_BYTES, libc::PROT_READ);
             std::ptr::write_bytes(code, 0xcc, CODE_BYTES);
+            let stubs = stubs();
+            code.add((STUBS - CODE) as usize).copy_from_nonoverlapping(stubs.as_ptr(), stubs.len());
             (*context()).exit = ostler_fuzz_exit as *const () as u64;
             (*context()).mxcsr = 0x1f80;
         }
@@ -292,7 +299,15 @@ impl Native {
             (c.rflags, c.rip) = (case.state.rflags, case.state.rip);
             (c.fs, c.gs) = (case.state.fs, case.state.gs);
             (c.signal, c.ticks) = (0, 0);
+            if case.bits == 32 {
+                c.far = case.state.rip | (CS32 as u64) << 32;
+                c.rip = STUBS + 16;
+                set_data_segments(0x2b);
+            }
             ostler_fuzz_enter();
+            if case.bits == 32 {
+                set_data_segments(0);
+            }
             outcome.memory.data.as_mut_ptr().copy_from_nonoverlapping(DATA as *const u8, DATA_BYTES);
             outcome.memory.stack.as_mut_ptr().copy_from_nonoverlapping(STACK as *const u8, STACK_BYTES);
         }
@@ -306,14 +321,14 @@ impl Native {
             libc::SIGALRM => (End::Limit, c.rip),
             _ => (fault(c), c.rip),
         };
-        outcome.state.normalise();
+        outcome.state.normalise(case.bits);
     }
 
     /// Puts the code in its place and INT3 where the code before it was.
     fn place(&mut self, case: &Case) {
         let image = case.image();
         let at = (case.state.rip - CODE) as usize;
-        assert!(at + image.len() <= CODE_BYTES, "the sequence does not fit the code area");
+        assert!(at + image.len() <= (STUBS - CODE) as usize, "the sequence does not fit the code area");
         // SAFETY: within the writable view of the code area, as just asserted.
         unsafe {
             std::ptr::write_bytes(self.code.add(self.placed.0), 0xcc, self.placed.1);
@@ -321,6 +336,14 @@ impl Native {
         }
         self.placed = (at, image.len());
     }
+}
+
+/// DS and ES, which 64-bit code ignores.
+unsafe fn set_data_segments(selector: u16) {
+    // SAFETY: 0 and Linux's user data segment can always be loaded.
+    unsafe {
+        std::arch::asm!("mov ds, {0:e}", "mov es, {0:e}", in(reg) selector as u32, options(nostack, preserves_flags))
+    };
 }
 
 impl Drop for Native {

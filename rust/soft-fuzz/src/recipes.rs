@@ -29,7 +29,7 @@ pub fn cook(g: &mut Generator, form: &Form) -> bool {
     match form.code.mnemonic() {
         M::Jmp | M::Call => indirect(g, form),
         M::Ret => ret(g, form),
-        M::Popf | M::Popfq => popf(g, form),
+        M::Popf | M::Popfd | M::Popfq => popf(g, form),
         M::Div | M::Idiv => divide(g, form),
         M::Bt | M::Bts | M::Btr | M::Btc => bit(g, form),
         M::Cmpxchg | M::Cmpxchg8b | M::Cmpxchg16b => compare_exchange(g, form),
@@ -45,7 +45,8 @@ pub fn cook(g: &mut Generator, form: &Form) -> bool {
         M::Fxrstor | M::Fxrstor64 | M::Fxsave | M::Fxsave64 => at_image(g, form, XSAVE_IMAGES, 2, 0x400),
         M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => xsave(g, form),
         M::Xrstor | M::Xrstor64 => xsave(g, form),
-        M::Push | M::Pop | M::Pushfq | M::Pushf => stack(g, form),
+        M::Push | M::Pop | M::Pushfq | M::Pushfd | M::Pushf => stack(g, form),
+        M::Pusha | M::Pushad | M::Popa | M::Popad => stack(g, form),
         _ => plain(g, form, Need { align: alignment(form), at: None }),
     }
 }
@@ -93,7 +94,7 @@ fn string(g: &mut Generator, form: &Form) -> bool {
         }
         choice.prefix = Some(if g.rng.percent(60) { 0xf3 } else { 0xf2 });
     }
-    let short = g.rng.percent(5);
+    let short = g.bits == 64 && g.rng.percent(5);
     if short {
         // What a count of zero does to the registers' upper halves depends on the CPU.
         let count = 1 + g.rng.below(24);
@@ -141,7 +142,8 @@ fn indirect(g: &mut Generator, form: &Form) -> bool {
             // mov qword ptr [absolute], imm32
             let at = g.data_address(Need::default());
             *address = crate::encode::Address { disp: at as i32, ..Default::default() };
-            let mut store = vec![0x48, 0xc7, 0x04, 0x25];
+            let mut store = if g.bits == 64 { vec![0x48] } else { Vec::new() };
+            store.extend_from_slice(&[0xc7, 0x04, 0x25]);
             store.extend_from_slice(&(at as u32).to_le_bytes());
             g.code_address(&store);
         }
@@ -178,7 +180,8 @@ fn popf(g: &mut Generator, form: &Form) -> bool {
 fn divide(g: &mut Generator, form: &Form) -> bool {
     match g.rng.below(4) {
         0 => {}
-        1 => g.raw(&[0x48, 0x99], false),
+        1 if g.bits == 64 => g.raw(&[0x48, 0x99], false),
+        1 => g.raw(&[0x99], false),
         2 => g.raw(&[0x31, 0xd2], false),
         _ => {
             let small = g.rng.below(100);
@@ -194,7 +197,7 @@ fn bit(g: &mut Generator, form: &Form) -> bool {
     let mut choice = g.choose(form, Need::default());
     if choice.memory.is_some() && form.reg.is_some() && g.rng.percent(92) {
         let based = choice.memory.and_then(|address| address.base);
-        choice.reg = (8 + g.rng.below(8) as u8) & 15;
+        choice.reg = g.any_but_rsp();
         if based != Some(choice.reg) && choice.memory.and_then(|a| a.index).is_none_or(|(r, _)| r != choice.reg) {
             let offset = g.rng.below(0x400);
             let sign = g.rng.percent(40);
@@ -212,9 +215,10 @@ fn compare_exchange(g: &mut Generator, form: &Form) -> bool {
     if let (Some(_), true) = (choice.memory, g.rng.percent(50)) {
         let at = g.data_address(need);
         choice.memory = Some(crate::encode::Address { disp: at as i32, ..Default::default() });
-        let wide = if g.rng.percent(80) { 0x48 } else { 0x40 };
+        let wide = if g.bits == 64 && g.rng.percent(80) { 0x48 } else { 0x40 };
         for (modrm, offset) in [(0x04, 0), (0x14, if wide == 0x48 { 8 } else { 4 })] {
-            let mut load = vec![wide, 0x8b, modrm, 0x25];
+            let mut load = if g.bits == 64 { vec![wide] } else { Vec::new() };
+            load.extend_from_slice(&[0x8b, modrm, 0x25]);
             load.extend_from_slice(&(at as u32 + offset).to_le_bytes());
             g.raw(&load, false);
         }

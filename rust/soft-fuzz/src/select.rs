@@ -15,6 +15,8 @@ pub struct RowCodes {
     pub class: Class,
     /// Its encodings in 64-bit mode that this host has.
     pub codes: Vec<Code>,
+    /// Its encodings in compatibility mode.
+    pub codes32: Vec<Code>,
 }
 
 /// All user-mode rows.
@@ -33,9 +35,13 @@ impl Catalogue {
             if matches!(row.class, Class::Volatile | Class::System) {
                 continue;
             }
-            match codes_of(row.mnemonic) {
-                Ok(codes) => catalogue.rows.push(RowCodes { mnemonic: row.mnemonic, class: row.class, codes }),
-                Err(why) => catalogue.left_out.push((row.mnemonic, why)),
+            let (mnemonic, class) = (row.mnemonic, row.class);
+            match (codes_of(mnemonic, 64), codes_of(mnemonic, 32)) {
+                (Err(why), Err(_)) => catalogue.left_out.push((mnemonic, why)),
+                (codes, codes32) => {
+                    let (codes, codes32) = (codes.unwrap_or_default(), codes32.unwrap_or_default());
+                    catalogue.rows.push(RowCodes { mnemonic, class, codes, codes32 });
+                }
             }
         }
         catalogue
@@ -53,11 +59,11 @@ pub fn is_safe(mnemonic: Mnemonic) -> bool {
     table::row(mnemonic).is_some_and(|row| !matches!(row.class, Class::Volatile | Class::System))
 }
 
-fn codes_of(mnemonic: Mnemonic) -> Result<Vec<Code>, &'static str> {
-    let mut why = "no encoding in 64-bit mode";
+fn codes_of(mnemonic: Mnemonic, bits: u32) -> Result<Vec<Code>, &'static str> {
+    let mut why = "no encoding for user code";
     let mut codes = Vec::new();
     for code in Code::values().filter(|code| code.mnemonic() == mnemonic) {
-        if !usable(code) {
+        if !usable(code, bits) {
             continue;
         }
         match code.cpuid_features().iter().all(|&feature| host_has(feature)) {
@@ -71,21 +77,22 @@ fn codes_of(mnemonic: Mnemonic) -> Result<Vec<Code>, &'static str> {
     Ok(codes)
 }
 
-/// Whether an encoding can be generated for 64-bit user code.
-pub fn usable(code: Code) -> bool {
-    static USABLE: OnceLock<Vec<bool>> = OnceLock::new();
-    USABLE.get_or_init(|| Code::values().map(look_usable).collect())[code as usize]
+/// Whether an encoding can be generated for user code of 64 or 32 bits.
+pub fn usable(code: Code, bits: u32) -> bool {
+    static USABLE: [OnceLock<Vec<bool>>; 2] = [OnceLock::new(), OnceLock::new()];
+    let all = || Code::values().map(|code| look_usable(code, bits)).collect();
+    USABLE[(bits == 32) as usize].get_or_init(all)[code as usize]
 }
 
-fn look_usable(code: Code) -> bool {
+fn look_usable(code: Code, bits: u32) -> bool {
     let info = code.op_code();
     let encodable = matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX);
     // Forms with FWAIT are two instructions; Intel's and AMD's CPUs disagree on 16-bit near branches.
     let branch16 = info.operand_size() == 16 && is_near_branch(code);
-    let form = Form::new(code);
+    let form = Form::new(code, bits);
     encodable
         && info.is_instruction()
-        && info.mode64()
+        && if bits == 64 { info.mode64() } else { info.mode32() }
         && !info.fwait()
         && !info.must_be_cpl0()
         && info.decoder_option() == 0

@@ -7,6 +7,8 @@ use crate::sequence::Sequence;
 /// A sequence with what it starts from.
 #[derive(Clone)]
 pub struct Subject {
+    /// 64 or 32.
+    pub bits: u32,
     /// The instructions.
     pub sequence: Sequence,
     /// The registers; `rip` is its place.
@@ -19,7 +21,7 @@ impl Subject {
     /// Laid out and ready to run.
     pub fn case(&self) -> Case {
         let (code, starts) = self.sequence.lay_out(self.state.rip);
-        Case { code, starts, state: self.state.clone(), fill: self.fill, pokes: Vec::new() }
+        Case { bits: self.bits, code, starts, state: self.state.clone(), fill: self.fill, pokes: Vec::new() }
     }
 }
 
@@ -70,7 +72,7 @@ mod tests {
     fn test_shrink_keeps_only_what_the_failure_needs() {
         let items = (0..6u8).map(|n| Item { bytes: vec![0xb0 | n, 1], ..Item::default() }).collect();
         let state = State { gpr: [7; 16], rip: CODE, ..State::default() };
-        let subject = Subject { sequence: Sequence { items }, state, fill: 5 };
+        let subject = Subject { bits: 64, sequence: Sequence { items }, state, fill: 5 };
 
         let small = shrink(subject, |case| case.code.contains(&0xb3) && case.state.gpr[2] == 7);
 

@@ -7,7 +7,7 @@
 use crate::layout::*;
 use crate::native;
 use crate::select::is_safe;
-use ostler_soft::cpu::state::{cr0, cr4, efer, rflags, seg, Segment};
+use ostler_soft::cpu::state::{cr0, cr4, efer, rflags, seg, DescriptorTable, Segment};
 use ostler_soft::cpu::testing::NoBoard;
 use ostler_soft::cpu::{attention, Cpu, Shared, Stop, R};
 use ostler_soft::host::fxsave::{fxrstor, fxsave, Format, FXSAVE_BYTES};
@@ -35,6 +35,7 @@ pub struct Subject {
     pool_used: usize,
     next_table: usize,
     xcr0: u64,
+    bits: u32,
     placed: (u64, usize),
     pages: Vec<(u64, usize)>,
 }
@@ -71,6 +72,7 @@ impl Subject {
             pool_used: 0,
             next_table: TABLES + PAGE,
             xcr0,
+            bits: 64,
             placed: (CODE, 0),
             pages: Vec::new(),
         };
@@ -85,6 +87,7 @@ impl Subject {
         self.map(READ_ONLY, READ_ONLY_BYTES, NO_EXECUTE);
         self.map(STACK, STACK_BYTES, WRITE | NO_EXECUTE);
         self.store(CODE, &[0xcc; CODE_BYTES]);
+        self.store(STUBS, &stubs());
         self.store(READ_ONLY, &read_only_page());
     }
 
@@ -130,12 +133,25 @@ impl Subject {
         cpu.xcr0 = self.xcr0;
         cpu.cpl = 3;
         cpu.wait_sipi = false;
+        // Far jumps find no descriptor: this is how 32-bit sequences end.
+        cpu.gdtr = DescriptorTable::default();
+        self.set_segments(64);
+        self.cpu.flush_all();
+    }
+
+    fn set_segments(&mut self, bits: u32) {
+        let cpu = &mut self.cpu;
         let flat = Segment { limit: u32::MAX, kind: 3, present: true, s: true, dpl: 3, g: true, ..Segment::default() };
         cpu.segs = [Segment { unusable: true, ..Segment::default() }; 6];
-        cpu.segs[seg::CS] = Segment { kind: 11, l: true, selector: 0x33, ..flat };
-        cpu.segs[seg::SS] = Segment { db: true, selector: 0x2b, ..flat };
-        cpu.flush_all();
-        cpu.update_modes();
+        let data = Segment { db: true, selector: 0x2b, ..flat };
+        cpu.segs[seg::SS] = data;
+        if bits == 64 {
+            cpu.segs[seg::CS] = Segment { kind: 11, l: true, selector: CS64, ..flat };
+        } else {
+            cpu.segs[seg::CS] = Segment { kind: 11, db: true, selector: CS32, ..flat };
+            (cpu.segs[seg::DS], cpu.segs[seg::ES]) = (data, data);
+        }
+        self.bits = bits;
     }
 
     fn store(&mut self, linear: u64, bytes: &[u8]) {
@@ -174,7 +190,11 @@ impl Subject {
         });
     }
 
-    fn load(&mut self, state: &State, memory: &Memory) {
+    fn load(&mut self, case: &Case, memory: &Memory) {
+        let state = &case.state;
+        if self.bits != case.bits {
+            self.set_segments(case.bits);
+        }
         self.store(DATA, &memory.data[..]);
         self.store(STACK, &memory.stack[..]);
         let cpu = &mut self.cpu;
@@ -212,7 +232,7 @@ impl Subject {
         let mut image = [0; FXSAVE_BYTES];
         fxsave(&cpu.fp, &mut image, FORMAT);
         outcome.state.fx.copy_from_slice(&image[..fx::END]);
-        outcome.state.normalise();
+        outcome.state.normalise(self.bits);
     }
 
     fn stopped(&self, stop: Stop) -> End {
@@ -228,7 +248,7 @@ impl Subject {
 
     /// Runs a placed case one instruction at a time, watching that it stays on the safe path.
     pub fn step(&mut self, case: &Case, memory: &Memory, outcome: &mut Outcome, trace: &mut Trace) {
-        self.load(&case.state, memory);
+        self.load(case, memory);
         trace.steps.clear();
         let mut index_of = vec![u32::MAX; case.code.len() + 1];
         for (index, &start) in case.starts.iter().enumerate() {
@@ -265,7 +285,7 @@ impl Subject {
 
     /// Runs a placed case by decoded blocks, as guests run.
     pub fn run(&mut self, case: &Case, memory: &Memory, outcome: &mut Outcome) {
-        self.load(&case.state, memory);
+        self.load(case, memory);
         native::watch(&self.cpu.shared.attention);
         let result = self.cpu.run_raw(STEP_LIMIT * 64);
         native::unwatch();
@@ -273,7 +293,10 @@ impl Subject {
             Ok(()) => End::Limit,
             Err(stop) => self.stopped(stop),
         };
-        let at_end = End::Fault { vector: 14, error: 4, address: EXIT_POINTER };
+        let at_end = match case.bits {
+            64 => End::Fault { vector: 14, error: 4, address: EXIT_POINTER },
+            _ => End::Fault { vector: 13, error: CS64 as u32 & !3, address: 0 },
+        };
         let end = if end == at_end && self.cpu.rip == case.end() { End::Done } else { end };
         self.unload(end, outcome);
     }

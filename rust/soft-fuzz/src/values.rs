@@ -293,7 +293,7 @@ pub enum Kind {
 }
 
 /// Registers to start from; general registers as `kinds` says.
-pub fn initial_state(rng: &mut Rng, kinds: &[Kind; 16]) -> State {
+pub fn initial_state(rng: &mut Rng, kinds: &[Kind; 16], bits: u32) -> State {
     let mut state = State::default();
     for (register, kind) in state.gpr.iter_mut().zip(kinds) {
         *register = match kind {
@@ -311,5 +311,8 @@ pub fn initial_state(rng: &mut Rng, kinds: &[Kind; 16]) -> State {
     state.fs = pointer(rng) & !63;
     state.gs = pointer(rng) & !63;
     put_fx(&mut state.fx, rng);
+    if bits == 32 {
+        state.normalise(32);
+    }
     state
 }
