@@ -59,9 +59,10 @@ impl CpuidTable {
                 return end;
             };
             match compacted {
-                false => end.max(e.ebx + e.eax),
-                true if e.ecx & 2 != 0 => ((end + 63) & !63) + e.eax,
-                true => end + e.eax,
+                // The numbers are user space's.
+                false => end.max(e.ebx.saturating_add(e.eax)),
+                true if e.ecx & 2 != 0 => (end.saturating_add(63) & !63).saturating_add(e.eax),
+                true => end.saturating_add(e.eax),
             }
         })
     }

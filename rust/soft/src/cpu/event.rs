@@ -118,20 +118,10 @@ impl Cpu {
         self.deliver(Event::plain(vector::NMI, Source::External))
     }
 
-    /// Delivers what user space injected, if anything; tells whether there was something.
-    pub fn deliver_pending(&mut self) -> R<bool> {
-        if let Some(fault) = self.pending.exception.take() {
-            self.deliver(fault.into())?;
-        } else if let Some((vector, software)) = self.pending.interrupt.take() {
-            let source = if software { Source::IntN } else { Source::External };
-            self.deliver(Event::plain(vector, source))?;
-        } else if self.pending.nmi && !self.nmi_blocked {
-            self.pending.nmi = false;
-            self.deliver_nmi()?;
-        } else {
-            return Ok(false);
-        }
-        Ok(true)
+    /// Delivers an interrupt that user space injected: an external one, or an INT n's.
+    pub fn deliver_injected(&mut self, vector: u8, software: bool) -> R {
+        let source = if software { Source::IntN } else { Source::External };
+        self.deliver(Event::plain(vector, source))
     }
 
     /// Delivers an event; faults on the way are combined with it. Benign ones replace each other for

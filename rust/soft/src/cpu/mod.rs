@@ -8,6 +8,10 @@
 //! |---|---|
 //! | `alu.rs` | integer arithmetic with exact flags, by the host's own instructions |
 //! | `state.rs` | segments, control registers' bits, flags image, resets |
+//! | `segment.rs`, `task.rs` | descriptors, loads of segment registers, task switches |
+//! | `event.rs`, `interrupt.rs` | which event is delivered, and how its handler is entered |
+//! | `debug.rs` | breakpoints, single step, guest debugging |
+//! | `cpuid.rs`, `msr.rs` | CPUID, model-specific registers |
 //! | `mmu.rs`, `walk.rs` | the software TLB, page walks |
 //! | `operand.rs`, `access.rs`, `stack.rs` | operands and guest memory accesses of handlers |
 //! | `io.rs` | port and MMIO accesses, in-engine or as exits |

@@ -184,7 +184,7 @@ impl Cpu {
         if let Some((vector, software)) = self.pending.interrupt.take() {
             if software || self.sys_flags as u64 & rflags::IF != 0 {
                 self.halted = false;
-                return self.deliver_interrupt(vector);
+                return self.deliver_injected(vector, software);
             }
             self.pending.interrupt = Some((vector, software));
         }
