@@ -309,6 +309,8 @@ pub struct Cpu {
     pub(crate) trace: debug::Trace,
     /// Instructions retired.
     pub retired: u64,
+    /// PAUSEs executed: spinning must end in a yield now and then.
+    pub(crate) pauses: u32,
     /// Changes whenever a linear address may translate otherwise; part of the jump cache's key.
     pub exec_epoch: u64,
     /// PAE page-directory pointers, loaded with CR3.
@@ -373,6 +375,7 @@ impl Cpu {
             guest_debug_dr: [0; 8],
             trace: debug::Trace::default(),
             retired: 0,
+            pauses: 0,
             exec_epoch: 0,
             pdptr: [0; 4],
             tlb,

@@ -11,6 +11,9 @@ use crate::cpu::table::Row;
 use crate::cpu::{Cpu, R};
 use crate::{rows, sized};
 
+/// A yield costs about a microsecond, a PAUSE a few nanoseconds.
+const PAUSES_PER_YIELD: u32 = 512;
+
 unsafe fn mov_rr<T: Int>(cpu: &mut Cpu, op: &Op) -> R {
     cpu.set_reg(op.dst, cpu.reg::<T>(op.src));
     Ok(())
@@ -366,6 +369,15 @@ unsafe fn nop(_: &mut Cpu, _: &Op) -> R {
     Ok(())
 }
 
+/// Waits in a loop for another vCPU, which may want the host CPU that this one burns.
+unsafe fn pause(cpu: &mut Cpu, _: &Op) -> R {
+    cpu.pauses = cpu.pauses.wrapping_add(1);
+    if cpu.pauses.is_multiple_of(PAUSES_PER_YIELD) {
+        std::thread::yield_now();
+    }
+    Ok(())
+}
+
 /// SALC (undocumented, outside of 64-bit mode): AL = CF ? FF : 00.
 unsafe fn salc(cpu: &mut Cpu, _: &Op) -> R {
     let value = if cpu.cf() { 0xffu8 } else { 0 };
@@ -406,7 +418,7 @@ pub const ROWS: &[Row] = rows! {
         Cmc => |_| Some(cmc), Cld => |_| Some(cld), Std => |_| Some(std), Salc => |_| Some(salc),
     }
     User "SDM vol. 2, NOP and hints; fences order nothing here beyond what the host orders" {
-        Nop => bind_nop, Pause => bind_nop, Endbr64 => bind_nop, Endbr32 => bind_nop,
+        Nop => bind_nop, Pause => |_| Some(pause), Endbr64 => bind_nop, Endbr32 => bind_nop,
         Reservednop => bind_nop,
         Prefetchnta => bind_nop, Prefetcht0 => bind_nop, Prefetcht1 => bind_nop, Prefetcht2 => bind_nop,
         Prefetchw => bind_nop, Prefetch => bind_nop, Prefetchwt1 => bind_nop,
