@@ -4,6 +4,7 @@
 //! [`Board`]) and the requests of user space.
 
 use crate::clock::host_tsc;
+use crate::cpu::exec::system::HC_SEND_IPI;
 use crate::cpu::state::CpuidTable;
 use crate::cpu::{attention, Board, Gp};
 use crate::ioctl::msrs::msr;
@@ -29,6 +30,7 @@ const CLOCK_ON: u64 = 1;
 const HC_VAPIC_POLL_IRQ: u64 = 1;
 const HC_KICK_CPU: u64 = 5;
 const ENOSYS: u64 = 1000u64.wrapping_neg();
+const EINVAL: u64 = (libc::EINVAL as u64).wrapping_neg();
 
 /// State of one vCPU beside the interpreter's.
 pub(crate) struct Local {
@@ -433,6 +435,12 @@ impl Board for VcpuBoard {
                     peer.look_up();
                 });
                 0
+            }
+            HC_SEND_IPI => {
+                let [low, high, min, icr] = args;
+                let chip = self.0.machine.irqchip();
+                let sent = chip.map(|chip| chip.send_pv_ipi([low, high], 64, min as u32, icr as u32));
+                sent.map_or(ENOSYS, |sent| sent.unwrap_or(EINVAL))
             }
             _ => ENOSYS,
         }

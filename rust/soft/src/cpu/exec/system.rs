@@ -69,6 +69,9 @@ unsafe fn invlpg(cpu: &mut Cpu, op: &Op) -> R {
 }
 
 unsafe fn invpcid(cpu: &mut Cpu, op: &Op) -> R {
+    if !cpu.cpuid.entries.is_empty() && !cpu.cpuid.has(7, 1, 10) {
+        return Err(cpu.ud());
+    }
     cpu.need_cpl0()?;
     let mut kind: u64 = cpu.reg(op.dst);
     if cpu.code_size != CodeSize::B64 {
@@ -326,10 +329,17 @@ fn by_width(b: &mut Binder, four: Handler, eight: Handler) -> Option<Handler> {
 
 // ---- hypercalls, random numbers ---------------------------------------------------------
 
-/// KVM's ABI: number in RAX, arguments in RBX, RCX, RDX, RSI; user mode gets -EPERM.
+/// The hypercall that sends an IPI to a bitmap of processors.
+pub(crate) const HC_SEND_IPI: u64 = 10;
+
+/// KVM's ABI: number in RAX, arguments in RBX, RCX, RDX, RSI; user mode gets -EPERM. Outside of
+/// 64-bit mode the two words of a bitmap of targets are halves of one.
 unsafe fn hypercall(cpu: &mut Cpu, _: &Op) -> R {
     let mask = if cpu.code_size == CodeSize::B64 { u64::MAX } else { 0xffff_ffff };
-    let [nr, a0, a1, a2, a3] = [0, 3, 1, 2, 6].map(|register: usize| cpu.regs[register] & mask);
+    let [nr, mut a0, mut a1, a2, a3] = [0, 3, 1, 2, 6].map(|register: usize| cpu.regs[register] & mask);
+    if nr == HC_SEND_IPI && cpu.code_size != CodeSize::B64 {
+        (a0, a1) = (a1 << 32 | a0, 0);
+    }
     let result = if cpu.cpl == 0 { cpu.board.hypercall(nr, [a0, a1, a2, a3]) } else { -1i64 as u64 };
     cpu.regs[0] = result & mask;
     Err(Stop::Leave)
@@ -398,6 +408,35 @@ mod tests {
 
     fn long(code: &[u8]) -> Bench {
         Bench::new(1 << 20).long(CODE).code(code)
+    }
+
+    #[test]
+    fn test_invpcid_of_a_model_without_it_is_ud() {
+        // invpcid rcx, [rax]: all contexts
+        for (ebx, ud) in [(0, true), (1 << 10, false)] {
+            let mut bench = long(&[0x66, 0x0f, 0x38, 0x82, 0x08]);
+            bench.cpu.cpuid.entries = vec![CpuidEntry { function: 7, ebx, ..CpuidEntry::default() }];
+            (bench.cpu.regs[0], bench.cpu.regs[1]) = (0x2_0000, 2);
+            assert_eq!(raises(bench, 6), ud);
+        }
+    }
+
+    #[test]
+    fn test_pkru_is_read_and_written_where_cr4_has_keys() {
+        // wrpkru
+        assert!(raises(long(&[0x0f, 0x01, 0xef]), 6));
+        let mut bench = long(&[0x0f, 0x01, 0xef, 0x0f, 0x01, 0xee]);
+        bench.cpu.cr4 |= cr4::PKE;
+        // RESET leaves the processor's signature in EDX.
+        (bench.cpu.regs[0], bench.cpu.regs[2]) = (0xffff_0000_1234, 0);
+        bench.step();
+        bench.cpu.regs[0] = 0;
+        bench.step();
+        assert_eq!((bench.cpu.regs[0], bench.cpu.rip), (0x1234, CODE + 6));
+        let mut wrong = long(&[0x0f, 0x01, 0xee]);
+        wrong.cpu.cr4 |= cr4::PKE;
+        wrong.cpu.regs[1] = 1;
+        assert!(raises(wrong, 13));
     }
 
     /// Whether the one instruction raises the exception.
