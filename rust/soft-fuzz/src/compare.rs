@@ -70,7 +70,8 @@ fn at_the_top(instruction: &Instruction, state: &State) -> bool {
         known.or(register.is_segment_register().then_some(0))
     };
     let pushed = state.gpr[4].wrapping_sub(32) & 0xffff_ffff;
-    let implicit = [state.gpr[4], pushed, state.gpr[6], state.gpr[7]];
+    // Strings, LEAVE, XLAT: by one of the registers.
+    let implicit = state.gpr.into_iter().chain([pushed]);
     let explicit = (0..instruction.op_count()).filter_map(|index| instruction.virtual_address(index, 0, register));
     explicit.map(|address| address & 0xffff_ffff).chain(implicit).any(|address| address >= 0xffff_fe00)
 }

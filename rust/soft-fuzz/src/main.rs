@@ -48,6 +48,10 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Options, String> {
 }
 
 fn main() -> ExitCode {
+    if std::env::args().skip(1).any(|argument| argument == "--help") {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
     let result = parse(std::env::args().skip(1)).and_then(|options| match &options {
         options if options.robust => robust::run(options.instructions, options.seed),
         options if !options.replay.is_empty() => replay(&options.replay),
