@@ -130,7 +130,7 @@ def guest_words(append: str) -> list[str]:
 def run(spec: GuestSpec, phases: Phases | None = None) -> RunResult:
     """Run the guest with this process's terminal as its console."""
     from ostler import vmm
-    from ostler.cli import terminal
+    from ostler.cli import logs, terminal
     from ostler.cli.phases import Tap
 
     with ExitStack() as stack:
@@ -142,15 +142,9 @@ def run(spec: GuestSpec, phases: Phases | None = None) -> RunResult:
         ended = time.monotonic()
     if phases and tap:
         phases.guest(ended=ended, run_s=result.timings_s["run"], marks=tap.marks)
-    _mention(result)
-    return result
-
-
-def _mention(result: RunResult) -> None:
-    import structlog
-
     if result.masked_features:
-        structlog.get_logger().info("processor model reduced", missing=" ".join(result.masked_features))
+        logs.event("processor model reduced", missing=" ".join(result.masked_features))
+    return result
 
 
 def _standard_input() -> int | None:

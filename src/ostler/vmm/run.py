@@ -12,14 +12,13 @@ driver report a panic by resetting (`panic=-1`, which is put on Linux's command 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import structlog
 
 from ostler import accel
 from ostler.accel.api import Accel
@@ -35,8 +34,6 @@ from ostler.vmm.loop import EventLoop, HostClock
 from ostler.vmm.processors import End, EndKind, Outcome, Processor
 
 UNCLAIMED_SHOWN = 16
-
-log = structlog.get_logger(__name__)
 
 ORDERLY = {EndKind.POWER_OFF: 0, EndKind.RESET: 0, EndKind.QUIT: 0}
 POWER_ENDS = {
@@ -162,9 +159,12 @@ class GuestProcess:
 
     def _log_unclaimed(self) -> None:
         """What the guest looked for in vain, most often first."""
-        if not structlog.is_configured():
-            # Nobody set logging up, and structlog's own default would write into the guest's console.
+        # Not imported here: it brings 12 MiB along, and whoever set logging up has imported it. Where nobody did,
+        # structlog's own default would write into the guest's console.
+        structlog = sys.modules.get("structlog")
+        if structlog is None or not structlog.is_configured():
             return
+        log = structlog.get_logger(__name__)
         for what, bus in (("ports", self.machine.board.ports), ("memory", self.machine.board.mmio)):
             found = bus.unclaimed.by_address.most_common(UNCLAIMED_SHOWN)
             if found:
