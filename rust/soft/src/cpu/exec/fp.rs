@@ -65,7 +65,10 @@ fn with_operand(cpu: &mut Cpu, op: &Op, thunk: &Thunk, scratch: &mut Scratch) ->
         MemAccess::ReadWrite(n) => (n as usize, n as usize),
     };
     // Alignment of 16 bytes is judged by the linear address.
-    let linear = cpu.lin(op, reads.max(writes) as u64, writes != 0)?;
+    let linear = match cpu.lin(op, reads.max(writes) as u64, writes != 0) {
+        Err(stop) if reads == 0 => return store_refused(cpu, op, thunk, scratch, stop),
+        linear => linear?,
+    };
     if thunk.mem_align > 1 && linear & (thunk.mem_align as u64 - 1) != 0 {
         return Err(cpu.gp(0));
     }
