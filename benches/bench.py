@@ -144,10 +144,12 @@ def boots(rounds: int) -> None:
     files = ["--kernel", str(kernel.image), "--initrd", str(image), "--append", APPEND]
     sides: dict[str, list[str]] = {"ostler": [*OSTLER, "run", "--accel", "soft", "--memory", "512M", *files]}
     if shutil.which(QEMU):
-        sides["qemu"] = [
-            QEMU, "-M", "microvm,acpi=on,rtc=on", "-accel", "tcg", "-cpu", "max", "-m", "512", "-nographic",
-            "-no-reboot", "-kernel", str(kernel.image), "-initrd", str(image), "-append", APPEND,
-        ]  # fmt: skip
+        # Of its boards microvm is the quicker one and pc the one whose every boot ends.
+        for board in ("microvm,acpi=on,rtc=on", "pc"):
+            sides[f"qemu {board.partition(',')[0]}"] = [
+                QEMU, "-M", board, "-accel", "tcg", "-cpu", "max", "-m", "512", "-nographic", "-no-reboot",
+                "-kernel", str(kernel.image), "-initrd", str(image), "-append", APPEND,
+            ]  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in sides}
     failed = dict.fromkeys(sides, 0)
     for _ in range(rounds):
@@ -158,8 +160,11 @@ def boots(rounds: int) -> None:
             else:
                 times[name].append(taken)
     medians = {name: statistics.median(taken) for name, taken in times.items() if taken}
-    if "ostler" in medians and "qemu" in medians:
-        print(f"start to power-off: {medians['ostler'] / medians['qemu']:.2f} times QEMU's TCG (microvm)")
+    ours = medians.pop("ostler", None)
+    if ours and medians:
+        best = min(medians, key=lambda name: medians[name])
+        print(f"start to power-off: {ours / medians[best]:.2f} times QEMU's TCG ({best})")
+    medians |= {"ostler": ours} if ours else {}
     for name in sides:
         took = f"{medians[name]:.2f} s, median of {len(times[name])}" if name in medians else "no run ended"
         hung = f", {failed[name]} hung or failed" if failed[name] else ""
