@@ -238,7 +238,7 @@ impl Subject {
     fn stopped(&self, stop: Stop) -> End {
         match stop {
             Stop::Fault => {
-                let fault = self.cpu.stopped_by();
+                let fault = self.cpu.fault;
                 let address = if fault.vector == 14 { fault.payload } else { 0 };
                 End::fault(fault.vector, fault.error.unwrap_or(0), address)
             }

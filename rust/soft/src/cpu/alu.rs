@@ -33,16 +33,16 @@ pub trait Shift {
 macro_rules! each_width {
     ($($unsigned:ty, $class:ident, $modifier:literal;)*) => {
         $(impl AluInt for $unsigned {
-            binary!($unsigned, $class, $modifier: add "add", or "or", and "and", sub "sub", xor "xor", test "test", cmp "cmp");
-            binary_cf!($unsigned, $class, $modifier: adc "adc", sbb "sbb");
-            unary!($unsigned, $class, $modifier: inc "inc", dec "dec", neg "neg");
-            shifts!($unsigned, $class, $modifier: shl "shl", shr "shr", sar "sar", rol "rol", ror "ror", rcl "rcl", rcr "rcr");
+            binary!($class, $modifier: add "add", or "or", and "and", sub "sub", xor "xor", test "test", cmp "cmp");
+            binary_cf!($class, $modifier: adc "adc", sbb "sbb");
+            unary!($class, $modifier: inc "inc", dec "dec", neg "neg");
+            shifts!($class, $modifier: shl "shl", shr "shr", sar "sar", rol "rol", ror "ror", rcl "rcl", rcr "rcr");
         })*
     };
 }
 
 macro_rules! binary {
-    ($t:ty, $class:ident, $m:literal: $($name:ident $ins:literal),*) => {
+    ($class:ident, $m:literal: $($name:ident $ins:literal),*) => {
         $(#[inline(always)]
         fn $name(a: Self, b: Self, flags: &mut u16) -> Self {
             let mut r = a;
@@ -59,7 +59,7 @@ macro_rules! binary {
 }
 
 macro_rules! binary_cf {
-    ($t:ty, $class:ident, $m:literal: $($name:ident $ins:literal),*) => {
+    ($class:ident, $m:literal: $($name:ident $ins:literal),*) => {
         $(#[inline(always)]
         fn $name(a: Self, b: Self, flags: &mut u16) -> Self {
             let mut r = a;
@@ -76,7 +76,7 @@ macro_rules! binary_cf {
 }
 
 macro_rules! unary {
-    ($t:ty, $class:ident, $m:literal: $($name:ident $ins:literal),*) => {
+    ($class:ident, $m:literal: $($name:ident $ins:literal),*) => {
         $(#[inline(always)]
         fn $name(a: Self, flags: &mut u16) -> Self {
             let mut r = a;
@@ -93,7 +93,7 @@ macro_rules! unary {
 }
 
 macro_rules! shifts {
-    ($t:ty, $class:ident, $m:literal: $($name:ident $ins:literal),*) => {
+    ($class:ident, $m:literal: $($name:ident $ins:literal),*) => {
         $(#[inline(always)]
         fn $name(a: Self, count: u8, flags: &mut u16) -> Self {
             let mut r = a;

@@ -3,7 +3,7 @@
 use super::block::{Block, Link};
 use super::op::Op;
 use super::state::rflags;
-use super::{attention, Cpu, Exit, Fault, Stop, R};
+use super::{attention, Cpu, Exit, Stop, R};
 use std::sync::atomic::Ordering::*;
 
 /// Why [`Cpu::run`] returned.
@@ -370,11 +370,6 @@ impl Cpu {
             }
         }
         Ok(())
-    }
-
-    /// The exception that stopped the CPU, for callers of the raw functions.
-    pub fn stopped_by(&self) -> Fault {
-        self.fault
     }
 }
 

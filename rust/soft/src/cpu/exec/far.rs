@@ -481,7 +481,7 @@ mod tests {
         bench.cpu.segs[seg::SS].limit = 0x7fff;
         bench.cpu.regs[4] = 0x9000;
         assert!(bench.cpu.step_raw().is_err());
-        let fault = bench.cpu.stopped_by();
+        let fault = bench.cpu.fault;
         assert_eq!((fault.vector, fault.error), (12, Some(0)));
         assert_eq!((bench.cpu.rip, bench.cpu.regs[4]), (CODE, 0x9000));
     }

@@ -333,7 +333,7 @@ mod tests {
     fn load(bench: Bench, index: usize, selector: u16) -> (Bench, Option<(u8, Option<u32>)>) {
         let mut bench = bench.code(&[0x8e, 0xc0 | (index as u8) << 3]);
         bench.cpu.regs[0] = selector as u64;
-        let fault = bench.cpu.step_raw().is_err().then(|| bench.cpu.stopped_by());
+        let fault = bench.cpu.step_raw().is_err().then_some(bench.cpu.fault);
         (bench, fault.map(|fault| (fault.vector, fault.error)))
     }
 
