@@ -2,7 +2,10 @@
 
 It runs in the main thread, where Python delivers signals, so that Ctrl-C and SIGTERM unwind it
 like any exception. Devices arm timers from processor threads: a nearer deadline wakes the loop.
-poll(2) and not epoll(7), because standard input may be a file or /dev/null, which epoll refuses.
+
+epoll(7): a round costs what is ready, not what is watched, and a guest has many descriptors (a pair
+per virtqueue, sockets per connection). Files and /dev/null, which epoll refuses because they are
+always ready, are kept apart and called every round, as poll(2) would have it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from ostler.host.eventfd import EventFd
 
 NS_PER_MS = 1_000_000
 FOREVER_NS = 1 << 63
+BROKEN = select.EPOLLHUP | select.EPOLLERR
+READABLE, WRITABLE = select.EPOLLIN | BROKEN, select.EPOLLOUT
 
 
 class HostClock:
@@ -65,10 +70,14 @@ class EventLoop:
     """Owns its wake-up descriptor; a context manager."""
 
     def __init__(self) -> None:
-        self._poll = select.poll()
+        self._epoll = select.epoll()
         self._wake = EventFd()
-        self._poll.register(self._wake, select.POLLIN)
+        self._epoll.register(self._wake, select.EPOLLIN)
         self._readers: dict[int, Callable[[], None]] = {}
+        self._writers: dict[int, Callable[[], None]] = {}
+        # What epoll was told of each descriptor, and those it refuses.
+        self._watched: dict[int, int] = {}
+        self._always_ready: set[int] = set()
         # A handful, made while the board is wired: looking at each is cheaper than a heap, which a
         # guest that arms and disarms without end would fill.
         self._timers: list[LoopTimer] = []
@@ -85,12 +94,22 @@ class EventLoop:
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
         """Call back while `fd` is readable or at its end. Loop thread only."""
         self._readers[fd] = callback
-        self._poll.register(fd, select.POLLIN)
+        self._watch(fd)
 
     def remove_reader(self, fd: int) -> None:
-        """Undo `add_reader`; unknown descriptors are fine. Loop thread only."""
+        """Undo `add_reader`, before `fd` is closed; unknown descriptors are fine. Loop thread only."""
         if self._readers.pop(fd, None) is not None:
-            self._poll.unregister(fd)
+            self._watch(fd)
+
+    def add_writer(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call back while `fd` takes bytes or is broken; remove it when there is nothing to write. Loop thread only."""
+        self._writers[fd] = callback
+        self._watch(fd)
+
+    def remove_writer(self, fd: int) -> None:
+        """Undo `add_writer`, before `fd` is closed; unknown descriptors are fine. Loop thread only."""
+        if self._writers.pop(fd, None) is not None:
+            self._watch(fd)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Run in the loop's thread; from any thread and from signal handlers."""
@@ -110,26 +129,58 @@ class EventLoop:
     def run(self) -> None:
         """Serve until `stop`."""
         while not self._stopping:
-            for fd, _ in self._poll.poll(self._timeout_ms()):
+            for fd, events in self._epoll.poll(self._timeout_s()):
                 if fd == self._wake.fd:
                     self._wake.drain()
-                elif fd in self._readers:
-                    self._readers[fd]()
+                else:
+                    self._serve(fd, events)
+            for fd in [*self._always_ready]:
+                self._serve(fd, READABLE | WRITABLE)
             self._run_calls()
             self._run_timers()
 
-    def _timeout_ms(self) -> int | None:
+    def _serve(self, fd: int, events: int) -> None:
+        """Tell whoever watches `fd`. A callback may have removed it, or the other one, in this round."""
+        if events & READABLE and (reader := self._readers.get(fd)):
+            reader()
+        # A hang-up is the reader's to see, by reading what came before it; the writer's where nobody reads.
+        writer = self._writers.get(fd)
+        if writer and (events & select.EPOLLOUT or (events & BROKEN and fd not in self._readers)):
+            writer()
+
+    def _watch(self, fd: int) -> None:
+        """Tell epoll what is wanted of `fd` now. Nothing wanted is not watched at all: a hang-up would spin."""
+        wanted = (select.EPOLLIN if fd in self._readers else 0) | (select.EPOLLOUT if fd in self._writers else 0)
+        known = self._watched.get(fd, 0)
+        if fd in self._always_ready:
+            if not wanted:
+                self._always_ready.discard(fd)
+        elif wanted and not known:
+            try:
+                self._epoll.register(fd, wanted)
+            except PermissionError:
+                self._always_ready.add(fd)
+                return
+            self._watched[fd] = wanted
+        elif wanted and wanted != known:
+            self._epoll.modify(fd, wanted)
+            self._watched[fd] = wanted
+        elif known and not wanted:
+            del self._watched[fd]
+            self._epoll.unregister(fd)
+
+    def _timeout_s(self) -> float | None:
         # Announced before the deadlines are read: a timer armed in between then wakes the loop.
         self._sleeps_until_ns = FOREVER_NS
         deadlines = [timer.deadline_ns for timer in self._timers]
         nearest_ns = min((each for each in deadlines if each is not None), default=FOREVER_NS)
         self._sleeps_until_ns = nearest_ns
-        if self._calls:
+        if self._calls or self._always_ready:
             return 0
         if nearest_ns == FOREVER_NS:
             return None
-        # Rounded up, or the loop would spin through the last part of a millisecond.
-        return max(-(-(nearest_ns - time.monotonic_ns()) // NS_PER_MS), 0)
+        # Python rounds up to epoll's milliseconds, or the loop would spin through the last part of one.
+        return max((nearest_ns - time.monotonic_ns()) / 1e9, 0)
 
     def _run_calls(self) -> None:
         calls, self._calls = self._calls, []
@@ -148,6 +199,7 @@ class EventLoop:
 
     def __exit__(self, *_exc: object) -> None:
         self._wake.close()
+        self._epoll.close()
 
 
 def _nothing() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
+from pathlib import Path
 
 from ostler.vmm.loop import EventLoop
 
@@ -89,3 +91,62 @@ def test_reader_is_called_until_removed() -> None:
     os.close(read)
     os.close(write)
     assert got == [b"a", b"b"]
+
+
+def test_writer_and_reader_of_one_descriptor_are_told_apart() -> None:
+    here, there = socket.socketpair()
+    seen: list[str] = []
+    with EventLoop() as loop, here, there:
+
+        def writable() -> None:
+            seen.append("write")
+            loop.remove_writer(here.fileno())
+            there.send(b"x")
+
+        def readable() -> None:
+            seen.append(here.recv(1).decode())
+            loop.remove_reader(here.fileno())
+            loop.remove_writer(here.fileno())
+            loop.stop()
+
+        loop.add_reader(here.fileno(), readable)
+        loop.add_writer(here.fileno(), writable)
+        loop.run()
+        assert loop._watched == {}
+    assert seen == ["write", "x"]
+
+
+def test_hang_up_reaches_the_writer_only_where_nobody_reads() -> None:
+    read, write = os.pipe()
+    seen: list[str] = []
+    with EventLoop() as loop:
+
+        def broken() -> None:
+            seen.append("writer")
+            loop.remove_writer(write)
+            loop.stop()
+
+        os.close(read)
+        loop.add_writer(write, broken)
+        loop.run()
+    os.close(write)
+    assert seen == ["writer"]
+
+
+def test_files_that_epoll_refuses_are_read_to_their_end(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    got = bytearray()
+    with EventLoop() as loop, path.open("rb", buffering=0) as file:
+
+        def readable() -> None:
+            data = file.read(2)
+            got.extend(data)
+            if not data:
+                loop.remove_reader(file.fileno())
+                loop.stop()
+
+        loop.add_reader(file.fileno(), readable)
+        loop.run()
+        assert loop._always_ready == set()
+    assert got == b"abc"
