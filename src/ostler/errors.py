@@ -40,6 +40,10 @@ class AccelError(HostError):
     """An accelerator broke its contract or refused a call the machine depends on."""
 
 
+class DiskBusy(HostError):
+    """Another process has the disk open in a way that excludes this one."""
+
+
 class ImageError(HostError):
     """Guest material could not be fetched, verified, unpacked or built."""
 

@@ -1,0 +1,256 @@
+"""A throw-away disk over a read-only one: writes go to a sparse file without a name and end with the process.
+
+Which way is tried at opening: where the file system can clone (btrfs, XFS), the overlay is a clone and costs nothing
+per request. Elsewhere (ext4, tmpfs) blocks are copied on the first write to them, and a map of one byte per block says
+where each block lies: a byte map, because bytearray.find makes a whole run one step, and so that threads may set
+neighbouring entries without a lock. A sparse copy was the other candidate; of a disk with 330 MiB in it it took 0.2 to
+0.6 s before every start, measured on ext4, against half a millisecond here.
+
+A flush does nothing on purpose: nobody can look at this disk once its process has gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from ostler.backends.disk import SECTOR_BYTES, RawDisk, default_serial, open_raw
+from ostler.errors import BadRequest, HostError
+from ostler.host import files
+
+MIN_BLOCK_BYTES = 4096
+MAX_BLOCKS = 16 << 20  # bounds the map to 16 MiB however large the disk
+_BELOW, _ABOVE = b"\0", b"\1"
+
+_Run = tuple[int, int, bool]
+"""Offset and size in bytes, and whether the overlay has it."""
+
+
+class OverlayDisk:
+    """Copy on write over `base`. Owns both it and the overlay's descriptor."""
+
+    read_only = False
+
+    def __init__(
+        self, base: RawDisk, fd: int, *, size_bytes: int | None = None, limit_bytes: int | None = None
+    ) -> None:
+        """Take over `base` and the empty file `fd`; a larger size reads as zeroes beyond the base.
+
+        `limit_bytes` bounds what the overlay may take of the host's disk; beyond it writes end in ENOSPC.
+        """
+        self.size_bytes = size_bytes or base.size_bytes
+        self.serial = base.serial
+        self._base = base
+        self._fd = fd
+        block = MIN_BLOCK_BYTES
+        while -(-self.size_bytes // block) > MAX_BLOCKS:
+            block *= 2
+        self._block = block
+        blocks = -(-self.size_bytes // block)
+        self._map = bytearray(blocks)
+        self._limit_bytes = limit_bytes
+        self._filling = threading.Lock()
+        os.ftruncate(fd, blocks * block)
+        # What the base does not have at all lies in the overlay from the start, as its zeroes. A block that the base
+        # ends in the middle of is filled when it is written.
+        beyond = -(-base.size_bytes // block)
+        self._map[beyond:] = _ABOVE * (blocks - beyond)
+        self._above = RawDisk(fd, read_only=False, serial="", durable=False)
+
+    def readv(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill the views, run by run from wherever it lies."""
+        size = sum(view.nbytes for view in views)
+        self._check(offset, size)
+        if not size:
+            return
+        first, stop = offset // self._block, -(-(offset + size) // self._block)
+        # Nearly every request is of one kind, and needs no cutting.
+        if self._map.find(_BELOW, first, stop) < 0:
+            self._above.readv(offset, views)
+            return
+        if offset + size <= self._base.size_bytes and self._map.find(_ABOVE, first, stop) < 0:
+            self._base.readv(offset, views)
+            return
+        for (start, length, above), part in _split(self._runs(offset, size), views):
+            if above:
+                self._above.readv(start, part)
+            else:
+                self._read_below(start, length, part)
+
+    def writev(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Write to the overlay; blocks written in part are filled from the base before."""
+        size = sum(view.nbytes for view in views)
+        self._check(offset, size)
+        if not size:
+            return
+        first, last = offset // self._block, (offset + size - 1) // self._block
+        self._check_room(size)
+        self._fill_edges(offset, size)
+        self._above.writev(offset, views)
+        # Only now: a reader that comes between must find the base's content, not a hole.
+        self._map[first : last + 1] = _ABOVE * (last + 1 - first)
+
+    def flush(self) -> None:
+        """Do nothing; see the head of the file."""
+
+    def discard(self, offset: int, size: int) -> None:
+        """Forget whole blocks; the edges stay as they are."""
+        self._check(offset, size)
+        start = -(-offset // self._block) * self._block
+        end = (offset + size) // self._block * self._block
+        if start < end:
+            self._hole(start, end - start)
+
+    def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:  # noqa: ARG002 - zeroes never take space
+        """Whole blocks become holes of the overlay, edges are written."""
+        self._check(offset, size)
+        if not size:
+            return
+        self._fill_edges(offset, size)
+        self._hole(offset, size)
+
+    def close(self) -> None:
+        """Close once; the overlay's content is gone."""
+        self._above.close()
+        self._base.close()
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the overlay takes of the host's disk now."""
+        return os.fstat(self._fd).st_blocks * SECTOR_BYTES
+
+    def _check(self, offset: int, size: int) -> None:
+        if offset < 0 or offset + size > self.size_bytes:
+            raise OSError(errno.EINVAL, f"{size} bytes at {offset} of a disk of {self.size_bytes}")
+
+    def _runs(self, offset: int, size: int) -> Iterator[_Run]:
+        """Cut a range where it changes between base and overlay."""
+        end = offset + size
+        while offset < end:
+            block = offset // self._block
+            above = self._map[block] == 1
+            stop = self._map.find(_BELOW if above else _ABOVE, block, -(-end // self._block))
+            until = end if stop < 0 else min(end, stop * self._block)
+            yield offset, until - offset, above
+            offset = until
+
+    def _read_below(self, start: int, length: int, views: list[memoryview]) -> None:
+        """Read the base; a last block of it that is not whole goes on in zeroes."""
+        have = max(0, min(length, self._base.size_bytes - start))
+        for (at, _size, beyond), part in _split(
+            iter([(start, have, False), (start + have, length - have, True)]), views
+        ):
+            if beyond:
+                for view in part:
+                    view.cast("B")[:] = bytes(view.nbytes)
+            else:
+                self._base.readv(at, part)
+
+    def _fill_edges(self, offset: int, size: int) -> None:
+        """Bring the first and last block of a range up if the range covers them only in part."""
+        end = offset + size
+        for edge in {offset, end}:
+            block = edge // self._block
+            if edge % self._block and not self._map[block]:
+                self._fill(block)
+
+    def _fill(self, block: int) -> None:
+        with self._filling:  # two writes into halves of one block must not undo each other
+            if self._map[block]:
+                return
+            start = block * self._block
+            content = bytearray(self._block)
+            have = min(self._block, self._base.size_bytes - start)
+            self._base.readv(start, [memoryview(content)[:have]])
+            self._above.writev(start, [memoryview(content)])
+            self._map[block] = 1
+
+    def _check_room(self, size: int) -> None:
+        if self._limit_bytes is not None and self.allocated_bytes + size > self._limit_bytes:
+            raise OSError(errno.ENOSPC, f"the throw-away overlay has reached its bound of {self._limit_bytes} bytes")
+
+    def _hole(self, offset: int, size: int) -> None:
+        first, last = offset // self._block, (offset + size - 1) // self._block
+        self._above.write_zeroes(offset, size, unmap=True)
+        self._map[first : last + 1] = _ABOVE * (last + 1 - first)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+def open_overlay(
+    base: Path,
+    *,
+    size_bytes: int | None = None,
+    limit_bytes: int | None = None,
+    folder: Path | None = None,
+    serial: str | None = None,
+) -> RawDisk | OverlayDisk:
+    """Open a disk that begins as the raw disk `base`, is written to freely, and leaves `base` as it is.
+
+    `base` stays locked for reading. `folder` is where the overlay's nameless file lies (default: the folder of
+    `base`, where it can be cloned; else the host's folder for temporary files).
+
+    Raises:
+        BadRequest, DiskBusy, HostError: as `open_raw`; BadRequest also for a size below the base's.
+    """
+    below = open_raw(base, read_only=True, serial=serial if serial is not None else default_serial(base))
+    try:
+        if size_bytes is not None and (size_bytes < below.size_bytes or size_bytes % SECTOR_BYTES):
+            raise BadRequest(
+                f"disk size {size_bytes}: expected a multiple of {SECTOR_BYTES} of at least {below.size_bytes}"
+            )
+        fd = _unnamed(folder, base.parent)
+    except BaseException:
+        below.close()
+        raise
+    if files.clone(below.fileno(), fd):
+        os.ftruncate(fd, size_bytes or below.size_bytes)
+        return _Clone(fd, below)
+    return OverlayDisk(below, fd, size_bytes=size_bytes, limit_bytes=limit_bytes)
+
+
+class _Clone(RawDisk):
+    """A cloned file, which keeps its base locked so that nobody removes an image in use."""
+
+    def __init__(self, fd: int, base: RawDisk) -> None:
+        super().__init__(fd, read_only=False, serial=base.serial, durable=False)
+        self._base = base
+
+    def close(self) -> None:
+        super().close()
+        self._base.close()
+
+
+def _unnamed(folder: Path | None, beside: Path) -> int:
+    place = folder or beside
+    try:
+        return files.unnamed(place)
+    except OSError as error:
+        if folder:
+            raise HostError(f"overlay in {place}: {error.strerror}") from error
+    return _unnamed(Path(tempfile.gettempdir()), beside)
+
+
+def _split(runs: Iterator[_Run], views: Sequence[memoryview]) -> Iterator[tuple[_Run, list[memoryview]]]:
+    """Give each run the pieces of the views that belong to it."""
+    rest = [view.cast("B") if view.format != "B" else view for view in views]
+    index, used = 0, 0
+    for run in runs:
+        part, missing = [], run[1]
+        while missing:
+            view = rest[index][used : used + missing]
+            part.append(view)
+            missing -= view.nbytes
+            used += view.nbytes
+            if used == rest[index].nbytes:
+                index, used = index + 1, 0
+        yield run, part
