@@ -51,6 +51,8 @@ class GuestMemory:
         self._mapping = SharedMapping("ostler-guest", span)
         self._view = self._mapping.view()
         self._hooks: list[WriteHook] = []
+        # What `_offset` walks for every descriptor of every queue: plain numbers, low memory first.
+        self._spans = [(region.start, region.end, region.offset - region.start) for region in self.regions]
 
     @classmethod
     def of_size(cls, size_bytes: int) -> Self:
@@ -63,11 +65,11 @@ class GuestMemory:
         return self._mapping.fd
 
     def _offset(self, gpa: int, size_bytes: int) -> int:
-        for region in self.regions:
-            if region.start <= gpa and gpa + size_bytes <= region.end:
+        for start, end, shift in self._spans:
+            if start <= gpa and gpa + size_bytes <= end:
                 if size_bytes < 0:
                     break
-                return region.offset + (gpa - region.start)
+                return gpa + shift
         raise MemoryFault(gpa, size_bytes)
 
     def contains(self, gpa: int, size_bytes: int) -> bool:

@@ -1,0 +1,1 @@
+"""PCI Express: configuration space, MSI-X, the host bridge."""

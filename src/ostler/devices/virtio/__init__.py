@@ -1,0 +1,1 @@
+"""virtio 1.2: queues, transports and devices."""
