@@ -1,13 +1,15 @@
 """Debian's kernels: which there are, how to fetch one, what a fetched one consists of.
 
 A kernel is taken out of its package as it is: `vmlinuz`, the build's `config`, and the few modules the default initrd
-loads. The module tree (hundreds of MiB for the generic kernel) stays in the package until something needs it.
+loads. The package is kept beside them, because the module tree (hundreds of MiB for the generic kernel) stays in it
+until something needs it, and by then the archive may have only a newer one. The order of modules is depmod's.
 """
 
 from __future__ import annotations
 
 import lzma
 import re
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -17,12 +19,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from ostler.errors import BadRequest, ImageError
-from ostler.images import cache
+from ostler.images import cache, tools
 from ostler.images.apt import Apt
 from ostler.images.progress import Progress, silent
 
 # In loading order. Debian builds panic notification as modules; without it a panicking guest just stands still.
 GUEST_MODULES = ("pvpanic", "pvpanic-mmio")
+_PACKAGE = "package.deb"
 _MODULE_FILE = re.compile(rf"/({'|'.join(GUEST_MODULES)})\.ko(\.xz)?$")
 
 
@@ -46,6 +49,8 @@ class Kernel:
     image: Path
     config: Path
     modules: tuple[Path, ...]
+    package: Path
+    package_sha256: str
 
 
 KERNELS = {
@@ -77,9 +82,32 @@ def fetch(name: str = DEFAULT_KERNEL, progress: Progress = silent) -> Kernel:
             progress(f"unpacking {package.name}")
             release = _unpack(package, folder)
             facts = {"release": release, "package": fields["Package"], "version": fields["Version"]}
-            return {**facts, "package_sha256": cache.sha256(package)}
+            package.rename(folder / _PACKAGE)
+            return {**facts, "package_sha256": cache.sha256(folder / _PACKAGE)}
 
-    return _kernel(source, cache.obtain(f"kernels/{name}", build, progress))
+    def accept(entry: cache.Entry) -> bool:
+        return (entry.path / _PACKAGE).exists()
+
+    return _kernel(source, cache.obtain(f"kernels/{name}", build, progress, accept=accept))
+
+
+def module_tree(kernel: Kernel, progress: Progress = silent) -> Path:
+    """Return a folder with all modules of `kernel` in `lib/modules/<release>`, with depmod's `modules.dep`.
+
+    Modules are as their package has them: some releases compress them (`.ko.xz`).
+
+    Raises:
+        ImageError: depmod is missing, or the package cannot be unpacked.
+    """
+
+    def build(folder: Path) -> dict[str, Any]:
+        progress(f"unpacking the modules of {kernel.release}")
+        _unpack_modules(kernel, folder)
+        tools.run(["depmod", "-b", folder, kernel.release], package="kmod")
+        return {"release": kernel.release, "package_sha256": kernel.package_sha256}
+
+    name = f"modules/{kernel.release}-{kernel.package_sha256[:12]}"
+    return cache.obtain(name, build, progress).path
 
 
 def cached() -> Iterator[Kernel]:
@@ -98,6 +126,8 @@ def _kernel(source: KernelSource, entry: cache.Entry) -> Kernel:
         image=entry.path / "vmlinuz",
         config=entry.path / "config",
         modules=tuple(module for module in modules if module.exists()),
+        package=entry.path / _PACKAGE,
+        package_sha256=entry.facts.get("package_sha256", ""),
     )
 
 
@@ -132,6 +162,24 @@ def _unpack(package: Path, folder: Path) -> str:
     if process.returncode != 0 or release is None:
         raise ImageError(f"{package.name}: dpkg-deb gave status {process.returncode}; no whole kernel in the package")
     return release
+
+
+def _unpack_modules(kernel: Kernel, folder: Path) -> None:
+    place = f"lib/modules/{kernel.release}/"  # below /usr in newer releases
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", kernel.package], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+            for member in archive:
+                _, found, name = member.name.partition(place)
+                content = archive.extractfile(member) if found and member.isfile() else None
+                if content is not None:
+                    path = folder / place / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with path.open("wb") as file:
+                        shutil.copyfileobj(content, file)
+        process.stdout.read()
+    if process.returncode != 0 or not (folder / place).is_dir():
+        raise ImageError(f"{kernel.package}: dpkg-deb gave status {process.returncode}; no modules in the package")
 
 
 def _write(path: Path, content: IO[bytes], *, packed: bool = False) -> None:

@@ -98,3 +98,32 @@ def test_unwritable_cache_is_one_line_that_names_the_way_out(tmp_path: Path, mon
 
     with pytest.raises(ImageError, match=r"cannot be written.*OSTLER_CACHE"):
         cache.obtain("one", write_one)
+
+
+def test_entry_is_hashed_once_and_again_after_any_write() -> None:
+    entry = cache.obtain("one", write_one)
+    hashed: list[str] = []
+
+    def digest(path: Path) -> str:
+        hashed.append(path.name)
+        return cache.sha256(path)
+
+    files = {"file": cache.sha256(entry.path / "file")}
+    assert cache.check(entry.path, files, digest) is None
+    assert hashed == []  # building it left the stamp
+
+    (entry.path / "file").write_text("CONTENT")
+    assert cache.check(entry.path, files, digest) == "file"
+    (entry.path / "file").write_text("content")
+    assert cache.check(entry.path, files, digest) is None
+    assert cache.check(entry.path, files, digest) is None
+    assert hashed == ["file", "file"]
+
+
+def test_entry_that_is_not_accepted_is_built_again() -> None:
+    cache.obtain("one", write_one)
+
+    def newer(folder: Path) -> dict[str, Any]:
+        return {**write_one(folder), "version": "2"}
+
+    assert cache.obtain("one", newer, accept=lambda entry: entry.facts["version"] == "2").facts["version"] == "2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 import subprocess
 from pathlib import Path
@@ -68,6 +69,29 @@ def test_fetch_takes_kernel_config_and_panic_modules_out_of_the_package(tmp_path
         "pvpanic-mmio.ko": b"packed",
     }
     assert [each.name for each in kernels.cached()] == ["debian-12-cloud"]
+
+
+def test_module_tree_has_every_module_and_depmods_order(tmp_path: Path) -> None:
+    FakeApt.package = make_package(tmp_path)
+
+    tree = kernels.module_tree(kernels.fetch("debian-12-cloud"))
+
+    place = tree / "lib/modules/6.0-x"
+    assert {path.name for path in (place / "kernel").rglob("*.ko*")} == {"pvpanic.ko", "pvpanic-mmio.ko.xz", "other.ko"}
+    assert (place / "modules.dep").exists()
+
+
+def test_kernel_of_an_older_ostler_without_its_package_is_fetched_again(tmp_path: Path) -> None:
+    FakeApt.package = make_package(tmp_path)
+    kernel = kernels.fetch("debian-12-cloud")
+    kernel.package.unlink()
+    manifest = kernel.image.parent / cache.MANIFEST
+    recorded = json.loads(manifest.read_text())
+    del recorded["files"]["package.deb"]
+    manifest.write_text(json.dumps(recorded))
+    FakeApt.package = make_package(tmp_path / "again")
+
+    assert kernels.fetch("debian-12-cloud").package.exists()
 
 
 def test_fetch_package_without_kernel_fails_and_caches_nothing(tmp_path: Path) -> None:
