@@ -24,6 +24,10 @@ class BadRequest(OstlerError):
     exit_status = 2
 
 
+class GuestNotFound(BadRequest):
+    """There is no guest of that name, or it has ended and the request needs one that runs."""
+
+
 class KernelError(BadRequest):
     """The file given as a kernel is not one Ostler can enter: wrong format, truncated, wrong machine."""
 

@@ -14,6 +14,7 @@ from ostler.boot.load import read_kernel
 from ostler.config import GuestSpec
 from ostler.images import initrd, kernels
 from ostler.machine import saved
+from ostler.vmm.console import on_descriptors
 from ostler.vmm.processors import End, EndKind
 from ostler.vmm.run import GuestProcess
 
@@ -39,7 +40,7 @@ class Watched:
         self.console = bytearray()
         self._out, inward = os.pipe()
         self._inward = inward
-        self.process = GuestProcess(spec, opened, None, inward, None)
+        self.process = GuestProcess(spec, opened, on_descriptors(None, inward))
         self._until: bytes | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -167,6 +167,9 @@ class FakeVcpu:
         self._kicked = True
         self._wake.set()
 
+    def kvmclock_ctrl(self) -> None:
+        """No guest here has a clock that could have stood still."""
+
     def interrupt(self) -> None:
         """Wake from a Halt."""
         self._wake.set()

@@ -32,6 +32,48 @@ READ_BYTES = 1024
 TAIL_BYTES = 8 << 10
 
 
+class Congestion(Protocol):
+    """Output as a processor sees it: something it may have to wait for. `congested` is looked at after every exit."""
+
+    congested: bool
+
+    def wait(self) -> None:
+        """Block a while, as long as output is congested; not under the board's lock."""
+
+
+class Console(Protocol):
+    """What the guest's serial port is connected to. `put` and `on_room` run under the board's lock."""
+
+    tail: bytearray
+    """The end of what the guest has said."""
+
+    @property
+    def output(self) -> Congestion:
+        """What processors look at after every port access."""
+
+    @property
+    def first_byte_ns(self) -> int | None:
+        """When the guest said something first."""
+
+    def put(self, byte: int) -> None:
+        """One byte of output."""
+
+    def on_room(self) -> None:
+        """The UART takes bytes again; called in processor threads."""
+
+    def connect(self, serial: Serial, on_quit: Callable[[], None]) -> None:
+        """Start reading for this UART; `on_quit` ends the guest."""
+
+    def release(self) -> None:
+        """Let waiting processors go on: the guest has ended."""
+
+    def finish(self) -> None:
+        """Bring all output to where it goes."""
+
+
+ConsoleFactory = Callable[[EventLoop, threading.Lock], Console]
+
+
 class InputFilter(Protocol):
     """Takes the host's own keys out of what is typed."""
 
@@ -39,6 +81,38 @@ class InputFilter(Protocol):
 
     def feed(self, typed: bytes) -> bytes:
         """What of `typed` is the guest's."""
+
+
+def on_descriptors(
+    console_in: int | None, console_out: int, keys: InputFilter | None = None
+) -> Callable[[EventLoop, threading.Lock], Console]:
+    """The console on two file descriptors of this process; None where there is no input."""
+    return lambda loop, lock: DescriptorConsole(console_in, console_out, keys, loop, lock)
+
+
+class DescriptorConsole:
+    """Output to one descriptor, input from another."""
+
+    def __init__(
+        self, console_in: int | None, console_out: int, keys: InputFilter | None, loop: EventLoop, lock: threading.Lock
+    ) -> None:
+        self.output = ConsoleOutput(console_out, loop, lock)
+        self._input = None if console_in is None else ConsoleInput(console_in, loop, lock, keys)
+        self.put = self.output.put
+        self.release, self.finish = self.output.release, self.output.finish
+        self.tail = self.output.tail
+
+    @property
+    def first_byte_ns(self) -> int | None:
+        return self.output.first_byte_ns
+
+    def on_room(self) -> None:
+        if self._input:
+            self._input.on_room()
+
+    def connect(self, serial: Serial, on_quit: Callable[[], None]) -> None:
+        if self._input:
+            self._input.connect(serial, on_quit)
 
 
 class ConsoleOutput:

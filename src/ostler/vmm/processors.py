@@ -16,10 +16,12 @@ from enum import Enum
 from ostler.accel.api import VCPU, ExitReason
 from ostler.errors import AccelError
 from ostler.machine.board import Board
-from ostler.vmm.console import ConsoleOutput
+from ostler.vmm.console import Congestion
 
 KVM_SYSTEM_EVENT_SHUTDOWN, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_CRASH = 1, 2, 3
 JOIN_SLICE_S, STOP_LIMIT_S = 0.05, 10
+PARK_SLICE_S, PARK_LIMIT_S = 0.005, 10
+CPUCLOCK_SCHED, CPUCLOCK_PER_THREAD = 2, 4
 
 
 class EndKind(Enum):
@@ -71,12 +73,16 @@ class Outcome:
 class Processor:
     """A virtual processor and its thread."""
 
-    def __init__(self, vcpu: VCPU, board: Board, console: ConsoleOutput, outcome: Outcome) -> None:
+    def __init__(self, vcpu: VCPU, board: Board, console: Congestion, outcome: Outcome) -> None:
         self.vcpu = vcpu
         self._board = board
         self._console = console
         self._outcome = outcome
         self._stopping = False
+        # Clear while the processor is to stay out of the guest; `_parked` says that it does.
+        self._released = threading.Event()
+        self._released.set()
+        self._parked = threading.Event()
         self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.id}", daemon=True)
 
     def start(self) -> None:
@@ -86,7 +92,42 @@ class Processor:
     def ask_to_stop(self) -> None:
         """Leave the guest as soon as possible; from any thread."""
         self._stopping = True
+        self._released.set()
         self.vcpu.kick()
+
+    def hold(self) -> None:
+        """Keep out of the guest from the next chance on, until `go_on`."""
+        self._parked.clear()
+        self._released.clear()
+        self.vcpu.kick()
+
+    def wait_until_held(self) -> None:
+        """Wait until the processor is out of the guest; not under the board's lock, which it may need first.
+
+        Raises AccelError for one that no kick gets out.
+        """
+        deadline = time.monotonic() + PARK_LIMIT_S
+        while self._thread.is_alive() and not self._stopping and not self._parked.wait(PARK_SLICE_S):
+            self.vcpu.kick()
+            if time.monotonic() > deadline:
+                raise AccelError(f"vCPU {self.vcpu.id}: still in the guest {PARK_LIMIT_S} s after it was to pause")
+
+    def go_on(self) -> None:
+        """Undo `hold`."""
+        self._released.set()
+
+    @property
+    def cpu_time_ns(self) -> int:
+        """Host processor time the thread has used, in the guest and serving its exits; 0 where it has ended."""
+        tid = self._thread.native_id
+        if tid is None:
+            return 0
+        try:
+            # The thread's clock by the kernel's own encoding (include/linux/posix-timers_types.h): asking libc
+            # for it (pthread_getcpuclockid) must not be done for a thread that may have ended.
+            return time.clock_gettime_ns(~tid << 3 | CPUCLOCK_PER_THREAD | CPUCLOCK_SCHED)
+        except OSError:
+            return 0
 
     def join(self) -> None:
         """Wait for the thread. Raises AccelError for a processor that no kick gets out of the guest."""
@@ -134,7 +175,7 @@ class Processor:
                         data[0] = value
                     else:
                         data[:] = value.to_bytes(size, "little")
-                while console.congested and not self._stopping:
+                while console.congested and self._released.is_set() and not self._stopping:
                     console.wait()
             elif reason is ExitReason.MMIO:
                 is_write, address, data = exit_view.mmio
@@ -143,7 +184,11 @@ class Processor:
                         mmio.write(address, len(data), int.from_bytes(data, "little"))
                     else:
                         data[:] = mmio.read(address, len(data)).to_bytes(len(data), "little")
-            elif reason is not ExitReason.INTR:
+            elif reason is ExitReason.INTR:
+                if not self._released.is_set():
+                    self._parked.set()
+                    self._released.wait()
+            else:
                 self._serve_rare(reason)
 
     def _string_io(self, *, is_write: bool, port: int, size: int, data: memoryview) -> None:

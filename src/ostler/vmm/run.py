@@ -26,9 +26,10 @@ from ostler.boot.kernel import Kernel, Protocol
 from ostler.boot.load import read_file, read_kernel
 from ostler.config import GuestSpec
 from ostler.devices.wiring import PowerEvent
+from ostler.errors import OstlerError
 from ostler.machine.board import Wiring
 from ostler.machine.machine import Machine
-from ostler.vmm.console import ConsoleInput, ConsoleOutput, InputFilter
+from ostler.vmm.console import ConsoleFactory, InputFilter, on_descriptors
 from ostler.vmm.crash import crash_error, panic_line
 from ostler.vmm.loop import EventLoop, HostClock
 from ostler.vmm.processors import End, EndKind, Outcome, Processor
@@ -71,14 +72,14 @@ def run(
     the host refused, BrokenPipeError when nobody reads the console any more.
     """
     started = time.monotonic()
-    kernel, initrd = _read(spec)
+    kernel, initrd = read_material(spec)
     read_s = time.monotonic() - started
     with contextlib.ExitStack() as stack:
         opened = accelerator or accel.open(spec.accel)
         if accelerator is None:
             stack.callback(opened.close)
-        process = stack.enter_context(GuestProcess(spec, opened, console_in, console_out, keys))
-        process.machine.load(kernel, initrd=initrd, cmdline=_cmdline(spec.append, kernel))
+        process = stack.enter_context(GuestProcess(spec, opened, on_descriptors(console_in, console_out, keys)))
+        process.machine.load(kernel, initrd=initrd, cmdline=command_line(spec.append, kernel))
         # The unpacked kernel is tens of megabytes, and the guest has its own copy now.
         del kernel, initrd
         create_s = time.monotonic() - started - read_s
@@ -86,19 +87,20 @@ def run(
         end = process.run()
         run_s = (time.monotonic_ns() - run_started_ns) / 1e9
         timings = {"read": read_s, "create": create_s, "run": run_s}
-        if process.output.first_byte_ns is not None:
-            timings["first output"] = (process.output.first_byte_ns - run_started_ns) / 1e9
+        if process.console.first_byte_ns is not None:
+            timings["first output"] = (process.console.first_byte_ns - run_started_ns) / 1e9
         status = process.judge(end)
         return RunResult(status, end.kind.value, opened.name, timings, tuple(process.machine.masked_features))
 
 
-def _read(spec: GuestSpec) -> tuple[Kernel, bytes | None]:
+def read_material(spec: GuestSpec) -> tuple[Kernel, bytes | None]:
     """Both files. An initrd larger than memory is refused before it is read."""
     initrd = read_file(spec.initrd, "initrd", max_bytes=spec.memory_bytes) if spec.initrd else None
     return read_kernel(Path(spec.kernel)), initrd
 
 
-def _cmdline(append: str, kernel: Kernel) -> str:
+def command_line(append: str, kernel: Kernel) -> str:
+    """The guest's, with what makes a panic end the run."""
     if kernel.protocol is Protocol.MULTIBOOT or any(word.startswith("panic=") for word in append.split()):
         return append
     return f"panic=-1 {append}".rstrip()
@@ -107,55 +109,76 @@ def _cmdline(append: str, kernel: Kernel) -> str:
 class GuestProcess:
     """A machine, its threads and its loop, alive together; a context manager."""
 
-    def __init__(
-        self, spec: GuestSpec, opened: Accel, console_in: int | None, console_out: int, keys: InputFilter | None
-    ) -> None:
-        lock = threading.Lock()
+    def __init__(self, spec: GuestSpec, opened: Accel, make_console: ConsoleFactory) -> None:
+        self.lock = threading.Lock()
         self._outcome = Outcome()
+        self.is_paused = False
         with contextlib.ExitStack() as undo:
-            self._loop = undo.enter_context(EventLoop())
-            self.output = ConsoleOutput(console_out, self._loop, lock)
-            self._input = None if console_in is None else ConsoleInput(console_in, self._loop, lock, keys)
+            self.loop = undo.enter_context(EventLoop())
+            self.console = make_console(self.loop, self.lock)
             wiring = Wiring(
-                lock=lock,
+                lock=self.lock,
                 clock=HostClock(),
-                new_timer=lambda: self._loop.new_timer(lock=lock),
+                new_timer=lambda: self.loop.new_timer(lock=self.lock),
                 power=self._power,
-                console_sink=self.output.put,
-                console_room=self._input.on_room if self._input else _nothing,
+                console_sink=self.console.put,
+                console_room=self.console.on_room,
             )
             self.machine = undo.enter_context(Machine(spec, opened, wiring))
-            self._processors = [
-                Processor(vcpu, self.machine.board, self.output, self._outcome) for vcpu in self.machine.vcpus
+            self.processors = [
+                Processor(vcpu, self.machine.board, self.console.output, self._outcome) for vcpu in self.machine.vcpus
             ]
             self._resources = undo.pop_all()
-        for processor in self._processors:
+        for processor in self.processors:
             self._outcome.when_ended(processor.ask_to_stop)
-        self._outcome.when_ended(self._loop.stop)
+        self._outcome.when_ended(self.loop.stop)
 
     def run(self) -> End:
         """Start everything, serve until the end, stop everything whatever happens."""
-        if self._input:
-            self._input.connect(self.machine.board.serial, self.quit)
+        self.console.connect(self.machine.board.serial, self.quit)
         started: list[Processor] = []
         try:
-            for processor in self._processors:
+            for processor in self.processors:
                 started.append(processor)
                 processor.start()
-            self._loop.run()
+            self.loop.run()
         finally:
             # Also the way out of a signal or of a console that is gone: nobody may stay in the guest.
             self.quit()
-            self.output.release()
+            self.console.release()
             for processor in started:
                 processor.join()
-        self.output.finish()
+        self.console.finish()
         self._log_unclaimed()
         return self._outcome.end or End(EndKind.QUIT)
 
     def quit(self) -> None:
         """End the run from outside; from any thread. The processors are stopped when `run` returns."""
         self._outcome.announce(End(EndKind.QUIT))
+
+    def pause(self) -> None:
+        """Hold every processor outside of the guest; devices finish what they have begun. Loop thread only.
+
+        Raises AccelError for a processor that does not leave the guest.
+        """
+        if self.is_paused:
+            return
+        for processor in self.processors:
+            processor.hold()
+        for processor in self.processors:
+            processor.wait_until_held()
+        self.is_paused = True
+
+    def resume(self) -> None:
+        """Undo `pause`. Time has gone on; the guest's watchdogs are told that it stood still. Loop thread only."""
+        if not self.is_paused:
+            return
+        self.is_paused = False
+        for processor in self.processors:
+            # Refused where the guest has no kvmclock, and then there is nobody to tell.
+            with contextlib.suppress(OstlerError):
+                processor.vcpu.kvmclock_ctrl()
+            processor.go_on()
 
     def _log_unclaimed(self) -> None:
         """What the guest looked for in vain, most often first."""
@@ -175,21 +198,21 @@ class GuestProcess:
         """The exit status of an orderly end. Raises GuestCrash, or the bug that ended the run."""
         if end.error is not None:
             raise end.error
-        if end.kind is EndKind.RESET and panic_line(self.output.tail) is not None:
+        if end.kind is EndKind.RESET and panic_line(self.console.tail) is not None:
             end = replace(end, kind=EndKind.PANIC)
         if end.kind in ORDERLY:
             return ORDERLY[end.kind]
         if end.kind is EndKind.DEBUG_EXIT:
             return end.code
         vcpu = self.machine.vcpus[end.vcpu or 0]
-        raise crash_error(end, vcpu, self.machine.memory, self.output.tail)
+        raise crash_error(end, vcpu, self.machine.memory, self.console.tail)
 
     def _power(self, event: PowerEvent, code: int = 0) -> None:
         """A device ends the run; called in the thread of the processor that did it."""
         if event not in POWER_ENDS:
             # A crash kernel is about to take over: the guest goes on.
             return
-        vcpu = next((each.vcpu.id for each in self._processors if each.is_current), None)
+        vcpu = next((each.vcpu.id for each in self.processors if each.is_current), None)
         self._outcome.announce(End(POWER_ENDS[event], code=code, vcpu=vcpu))
 
     def __enter__(self) -> Self:
@@ -199,9 +222,5 @@ class GuestProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # A processor that would not stop still uses the memory: leaving it mapped is the lesser evil.
-        if not any(processor.is_alive for processor in self._processors):
+        if not any(processor.is_alive for processor in self.processors):
             self._resources.close()
-
-
-def _nothing() -> None:
-    """Room on the console interests nobody: there is no input."""

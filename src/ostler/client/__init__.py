@@ -1,0 +1,1 @@
+"""Guests from Python: `ostler.VM`."""

@@ -1,0 +1,93 @@
+"""Starting a VM process: a session of its own, registered in the runtime folder, ready when this returns.
+
+The launcher makes the entry and takes its lock; the new process inherits the lock, reads its specification from the
+entry, and says on a pipe that it is ready, or in one line why not. Until then nothing survives a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from io import FileIO
+from typing import Any
+
+from ostler.control import runtime
+from ostler.control.runtime import Entry
+from ostler.control.wire import unpack_error
+from ostler.errors import HostError
+
+SHOWN_BYTES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A running guest. Closing `leash_fd` ends it, if it was started on a leash."""
+
+    entry: Entry
+    process: subprocess.Popen[bytes]
+    leash_fd: int | None
+
+
+def launch(name: str, spec: str, *, facts: dict[str, Any], leash: bool = False) -> Launched:
+    """Start a guest from its specification (JSON) and wait until its machine is loaded.
+
+    With `leash` the guest ends when this process does, however it does: it holds the writing end of a pipe.
+
+    Raises BadRequest for a taken name, whatever the VM process refused its specification with, HostError.
+    """
+    with contextlib.ExitStack() as undo, contextlib.ExitStack() as always:
+        claim = always.enter_context(runtime.claim(name, facts, spec))
+        undo.callback(_forget, claim.entry)
+        ready, ready_child = _pipe(always)
+        options, inherited = [], [claim.lock_fd, ready_child.fileno()]
+        holder = None
+        if leash:
+            leash_child, holder = _pipe(always)
+            options = ["--leash", str(leash_child.fileno())]
+            inherited.append(leash_child.fileno())
+        log = always.enter_context((claim.entry.path / runtime.VMM_LOG).open("ab"))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ostler.vmm", str(claim.entry.path), "--lock", str(claim.lock_fd),
+             "--ready", str(ready_child.fileno()), *options],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=inherited,
+        )  # fmt: skip
+        undo.callback(_kill, process)
+        ready_child.close()
+        _wait_until_ready(claim.entry, process, ready.read())
+        leash_fd = os.dup(holder.fileno()) if holder else None
+        undo.pop_all()
+    return Launched(claim.entry, process, leash_fd)
+
+
+def _pipe(owner: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
+    """Reading and writing end, closed with `owner`."""
+    read, write = os.pipe()
+    return owner.enter_context(FileIO(read, "rb")), owner.enter_context(FileIO(write, "wb"))
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def _forget(entry: Entry) -> None:
+    with contextlib.suppress(Exception):
+        runtime.forget_own(entry)
+
+
+def _wait_until_ready(entry: Entry, process: subprocess.Popen[bytes], said: bytes) -> None:
+    try:
+        message = json.loads(said)
+    except ValueError:
+        status = process.wait()
+        log = (entry.path / runtime.VMM_LOG).read_bytes()[-SHOWN_BYTES:].decode(errors="replace").strip()
+        last = log.splitlines()[-1] if log else "it said nothing"
+        raise HostError(
+            f"VM process of {entry.name!r}: ended with status {status} before it was ready: {last}"
+        ) from None
+    if "error" in message:
+        raise unpack_error(message["error"])

@@ -1,0 +1,234 @@
+"""The console of a guest that runs by itself: a bounded log, and whoever is attached to it at the moment.
+
+Nobody slows the guest down here. The log is rotated once, so that it takes twice `LOG_BYTES` at most; an attached
+client that does not read is cut off once `CLIENT_BYTES` wait for it. What clients type waits for the UART, up to a
+bound, and beyond that in their sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ostler.devices.legacy.serial import Serial
+from ostler.vmm.console import CONGESTED_BYTES, FLUSH_DELAY_NS, TAIL_BYTES, WAIT_SLICE_S
+from ostler.vmm.loop import EventLoop
+
+LOG_BYTES = 4 << 20
+CLIENT_BYTES = 1 << 20
+TYPED_BYTES = 16 << 10
+READ_BYTES = 4096
+
+
+class ConsoleLog:
+    """A file that is put aside under the name `.1` when it is full, in place of the one before it."""
+
+    def __init__(self, path: Path, limit_bytes: int = LOG_BYTES) -> None:
+        self._path = path
+        self._limit_bytes = limit_bytes
+        self._fd = -1
+        self._size = 0
+
+    def write(self, data: bytes) -> None:
+        """Append. A full disk loses output, not the guest."""
+        with contextlib.suppress(OSError):
+            if self._size >= self._limit_bytes:
+                self._path.rename(self._path.with_name(self._path.name + ".1"))
+                self.close()
+            if self._fd < 0:
+                self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                self._size = os.fstat(self._fd).st_size
+            self._size += os.write(self._fd, data)
+
+    def tail(self, size_bytes: int) -> bytes:
+        """The last bytes that are kept."""
+        kept = b""
+        for path in (self._path, self._path.with_name(self._path.name + ".1")):
+            with contextlib.suppress(OSError):
+                kept = path.read_bytes() + kept
+            if len(kept) >= size_bytes:
+                break
+        return kept[-size_bytes:] if size_bytes else b""
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class HubConsole:
+    """Implements `vmm.console.Console`. What is not said to run elsewhere runs on the loop's thread."""
+
+    def __init__(self, log: ConsoleLog, loop: EventLoop, lock: threading.Lock) -> None:
+        self._log = log
+        self._loop = loop
+        self._lock = lock
+        self._buffer = bytearray()
+        self._timer = loop.new_timer()
+        self._timer.call(self.flush)
+        self._drained = threading.Event()
+        self._typed = bytearray()
+        self._called = False
+        self._serial: Serial | None = None
+        self._clients: dict[int, AttachedClient] = {}
+        self.tail = bytearray()
+        self.first_byte_ns: int | None = None
+        self.congested = False
+        self.output = self
+
+    def put(self, byte: int) -> None:
+        """Under the board's lock."""
+        self._buffer.append(byte)
+        if self._timer.deadline_ns is None:
+            self._timer.arm(time.monotonic_ns() + FLUSH_DELAY_NS)
+        if len(self._buffer) >= CONGESTED_BYTES:
+            # Only while the loop's thread is held up; output is bounded all the same.
+            self._drained.clear()
+            self.congested = True
+
+    def wait(self) -> None:
+        """In a processor's thread."""
+        self._drained.wait(WAIT_SLICE_S)
+
+    def release(self) -> None:
+        self.congested = False
+        self._drained.set()
+
+    def flush(self) -> None:
+        """Give everything said so far to the log and to the clients."""
+        with self._lock:
+            data = bytes(self._buffer)
+            self._buffer.clear()
+        if not data:
+            return
+        if self.first_byte_ns is None:
+            self.first_byte_ns = time.monotonic_ns()
+        self.tail += data
+        del self.tail[:-TAIL_BYTES]
+        self._log.write(data)
+        for client in [*self._clients.values()]:
+            client.send(data)
+        if self.congested:
+            self.release()
+
+    def finish(self) -> None:
+        self.flush()
+        for client in [*self._clients.values()]:
+            client.close()
+        self._log.close()
+
+    def connect(self, serial: Serial, on_quit: Callable[[], None]) -> None:  # noqa: ARG002 - nobody has keys here
+        self._serial = serial
+
+    def attach(self, connection: socket.socket, *, backlog_bytes: int, typed: bytes) -> None:
+        """Take over a client's connection: from now on it is the console."""
+        self.flush()
+        client = AttachedClient(connection, self._loop, self)
+        self._clients[client.fd] = client
+        if backlog := self._log.tail(backlog_bytes):
+            client.send(backlog)
+        if typed:
+            self.type(typed)
+        client.start()
+
+    def detach(self, client: AttachedClient) -> None:
+        """Forget a client that has gone."""
+        self._clients.pop(client.fd, None)
+
+    @property
+    def takes_input(self) -> bool:
+        """Whether clients may read more of what is typed."""
+        return len(self._typed) < TYPED_BYTES
+
+    def type(self, data: bytes) -> None:
+        """Bytes for the guest."""
+        self._typed += data
+        self._deliver()
+
+    def on_room(self) -> None:
+        """In a processor's thread, under the lock."""
+        if self._typed and not self._called:
+            self._called = True
+            self._loop.call_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        if self._serial is None:
+            return
+        with self._lock:
+            self._called = False
+            taken = self._serial.receive(bytes(self._typed))
+        del self._typed[:taken]
+        if self.takes_input:
+            for client in [*self._clients.values()]:
+                client.start()
+
+
+class AttachedClient:
+    """One connection that is a console."""
+
+    def __init__(self, connection: socket.socket, loop: EventLoop, hub: HubConsole) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._loop = loop
+        self._hub = hub
+        self._unsent = bytearray()
+        self.fd = connection.fileno()
+
+    def start(self) -> None:
+        """Read what is typed."""
+        if self.fd >= 0:
+            self._loop.add_reader(self.fd, self._readable)
+
+    def send(self, data: bytes) -> None:
+        """Output for the client; one that is far behind is cut off."""
+        self._unsent += data
+        if len(self._unsent) > CLIENT_BYTES:
+            self.close()
+        else:
+            self._write()
+
+    def close(self) -> None:
+        """Send what still goes, and end."""
+        if self.fd < 0:
+            return
+        self._loop.remove_reader(self.fd)
+        self._loop.remove_writer(self.fd)
+        self._hub.detach(self)
+        self.fd = -1
+        with contextlib.suppress(OSError):
+            if self._unsent:
+                self._socket.send(self._unsent)
+        self._socket.close()
+
+    def _write(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            self._loop.add_writer(self.fd, self._write)
+            return
+        except OSError:
+            self._unsent.clear()
+            self.close()
+            return
+        if self.fd >= 0:
+            self._loop.remove_writer(self.fd)
+
+    def _readable(self) -> None:
+        try:
+            data = self._socket.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        self._hub.type(data)
+        if not self._hub.takes_input and self.fd >= 0:
+            self._loop.remove_reader(self.fd)

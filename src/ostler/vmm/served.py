@@ -1,0 +1,150 @@
+"""One guest as a process of its own: from its folder's specification to its end, behind the control socket.
+
+The launcher (`ostler.control.launch`) has made the folder and holds out three descriptors: the folder's lock, which
+lives as long as this process; `ready`, which takes one line of JSON, that the guest runs or why it cannot; and perhaps
+a leash, a pipe whose other end closes when the launcher is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+
+from ostler import accel
+from ostler.config import GuestSpec
+from ostler.control import runtime
+from ostler.control.wire import Message, pack_error
+from ostler.errors import HostError, OstlerError
+from ostler.vmm.hub import ConsoleLog, HubConsole
+from ostler.vmm.run import GuestProcess, command_line, read_material
+from ostler.vmm.server import ControlServer
+from ostler.vmm.service import GuestService, describe
+
+
+class Readiness:
+    """The launcher's pipe: takes one message, then it is closed."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+        if fd is not None:
+            os.set_inheritable(fd, False)
+
+    def say(self, message: Message) -> bool:
+        """Whether the launcher still waited for it."""
+        if self._fd is None:
+            return False
+        fd, self._fd = self._fd, None
+        with contextlib.suppress(BrokenPipeError):
+            os.write(fd, json.dumps(message).encode())
+        os.close(fd)
+        return True
+
+
+def serve(folder: Path, *, lock: int | None = None, ready: int | None = None, leash: int | None = None) -> int:
+    """Run the guest described in `folder` to its end; returns the exit status of this process."""
+    entry = runtime.Entry(folder.name, folder)
+    readiness = Readiness(ready)
+    for fd in (lock, leash):
+        if fd is not None:
+            os.set_inheritable(fd, False)
+    (folder / runtime.PID).write_text(f"{os.getpid()}\n")
+    try:
+        end = _run(entry, readiness, leash)
+    except OstlerError as error:
+        if readiness.say({"error": pack_error(error)}):
+            return error.exit_status
+        end = {"status": error.exit_status, "reason": type(error).__name__, "message": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        text = f"internal error: {type(error).__name__}: {error} (a bug of Ostler's)"
+        if readiness.say({"error": pack_error(HostError(text))}):
+            return 1
+        end = {"status": 1, "reason": "internal error", "message": text}
+    _leave(entry, end)
+    return int(end["status"])
+
+
+def _leave(entry: runtime.Entry, end: Message) -> None:
+    """Record the end, or leave nothing: as the launcher wanted it."""
+    with contextlib.suppress(OSError, OstlerError):
+        if entry.facts.get("remove", True):
+            runtime.forget_own(entry)
+        else:
+            runtime.write_end(entry, {**end, "ended": time.time()})
+
+
+def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Message:
+    spec = GuestSpec.model_validate_json((entry.path / runtime.SPEC).read_text())
+    with contextlib.ExitStack() as stack:
+        kernel, initrd = read_material(spec)
+        opened = accel.open(spec.accel)
+        stack.callback(opened.close)
+        log = ConsoleLog(entry.console_log)
+        hubs: list[HubConsole] = []
+
+        def make_console(*arguments: object) -> HubConsole:
+            hubs.append(HubConsole(log, *arguments))  # type: ignore[arg-type]
+            return hubs[0]
+
+        process = stack.enter_context(GuestProcess(spec, opened, make_console))
+        server = stack.enter_context(_listen(entry, process))
+        facts = {
+            "name": entry.name,
+            "accelerator": opened.name,
+            "masked_features": list(process.machine.masked_features),
+            "spec": json.loads(spec.model_dump_json()),
+        }
+        service = GuestService(process, server, hubs[0], facts)
+        server.service = service
+        process.machine.load(kernel, initrd=initrd, cmdline=command_line(spec.append, kernel))
+        # The unpacked kernel is tens of megabytes, and the guest has its own copy now.
+        del kernel, initrd
+        _handle_signals(process)
+        if leash is not None:
+            process.loop.add_reader(leash, process.quit)
+        # Nobody is told that the guest is ready before the loop can answer.
+        process.loop.call_soon(lambda: _announce_start(readiness, service))
+        return _to_the_end(process, service)
+
+
+def _to_the_end(process: GuestProcess, service: GuestService) -> Message:
+    try:
+        ended = process.run()
+        process.judge(ended)
+        end = describe(ended, killed=service.killed)
+    except OstlerError as error:
+        end = {"status": error.exit_status, **pack_error(error)}
+        end["reason"] = end.pop("kind")
+    service.ended(end)
+    return end
+
+
+def _announce_start(readiness: Readiness, service: GuestService) -> None:
+    readiness.say({"ready": True})
+    service.announce("started")
+
+
+def _listen(entry: runtime.Entry, process: GuestProcess) -> ControlServer:
+    try:
+        return ControlServer(entry.control_socket, process.loop, entry.name)
+    except OSError as error:
+        raise HostError(f"control socket {entry.control_socket}: {error.strerror or error}") from error
+
+
+def _handle_signals(process: GuestProcess) -> None:
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        process.loop.call_soon(process.quit)
+
+    for each in (signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(each, leave)
+    # A terminal's keys are for whoever is attached to the guest, not for the guest's process.
+    for each in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    sys.stdout.flush()

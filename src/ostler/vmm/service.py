@@ -1,0 +1,165 @@
+"""What a VM process does for its clients: the operations of the control protocol (docs/control-protocol.md).
+
+All of it runs on the loop's thread. `stop` asks the guest by its power button and ends it after a grace period; an
+agent in the guest is the client's to ask, who speaks its protocol.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ostler.control.wire import Message
+from ostler.errors import BadRequest
+from ostler.vmm.hub import LOG_BYTES, HubConsole
+from ostler.vmm.loop import NS_PER_MS
+from ostler.vmm.processors import End, EndKind
+from ostler.vmm.run import GuestProcess
+from ostler.vmm.server import Connection, ControlServer
+
+DEFAULT_GRACE_S, MAX_GRACE_S = 30.0, 3600.0
+BLOCK_BYTES = 512
+Statistics = Callable[[], Message]
+
+
+class GuestService:
+    """Implements `vmm.server.Service` for one guest."""
+
+    def __init__(self, process: GuestProcess, server: ControlServer, hub: HubConsole, facts: Message) -> None:
+        self._process = process
+        self._server = server
+        self._hub = hub
+        self._facts = facts
+        self._started_ns = time.monotonic_ns()
+        self._waiting: list[tuple[Connection, object]] = []
+        self._grace = process.loop.new_timer()
+        self._grace.call(self._kill_now)
+        self.killed = False
+        self.sources: dict[str, Statistics] = {}
+        """Counters of devices and back ends by name, for `stats`."""
+        self._operations: dict[str, Callable[[Connection, object, Message], Message | None]] = {
+            "status": self._status,
+            "inspect": self._inspect,
+            "stats": self._stats,
+            "pause": self._pause,
+            "resume": self._resume,
+            "power-button": self._power_button,
+            "stop": self._stop,
+            "kill": self._kill,
+            "wait": self._wait,
+            "events": self._events,
+            "console": self._console,
+        }
+
+    def serve(self, connection: Connection, number: object, op: str, arguments: Message) -> Message | None:
+        """Do what is asked for. Raises OstlerError."""
+        operation = self._operations.get(op)
+        if operation is None:
+            raise BadRequest(f"control request {op!r}: not known; expected one of {', '.join(self._operations)}")
+        return operation(connection, number, arguments)
+
+    def announce(self, event: str, **values: object) -> None:
+        """Tell whoever listens; on the loop's thread."""
+        self._server.broadcast({"event": event, "time": time.time(), **values})
+
+    def ended(self, end: Message) -> None:
+        """The guest has ended: everyone who waits is told, and everyone who listens."""
+        self.announce("ended", **end)
+        for connection, number in self._waiting:
+            connection.reply(number, end)
+        self._waiting.clear()
+
+    def _status(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
+        return {
+            "name": self._facts["name"],
+            "pid": os.getpid(),
+            "state": "paused" if self._process.is_paused else "running",
+            "uptime_s": (time.monotonic_ns() - self._started_ns) / 1e9,
+            "accelerator": self._facts["accelerator"],
+        }
+
+    def _inspect(self, connection: Connection, number: object, arguments: Message) -> Message:
+        return {**self._status(connection, number, arguments), **self._facts}
+
+    def _stats(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
+        processors = [{"id": each.vcpu.id, "cpu_time_ns": each.cpu_time_ns} for each in self._process.processors]
+        memory = self._process.machine.memory
+        result: dict[str, Any] = {
+            "uptime_ns": time.monotonic_ns() - self._started_ns,
+            "vcpus": processors,
+            "cpu_time_ns": time.process_time_ns(),
+            "memory": {
+                "size_bytes": self._process.machine.spec.memory_bytes,
+                "touched_bytes": os.fstat(memory.fd).st_blocks * BLOCK_BYTES,
+                "process_rss_bytes": _resident_bytes(),
+            },
+        }
+        return {**result, **{name: counted() for name, counted in self.sources.items()}}
+
+    def _pause(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
+        if not self._process.is_paused:
+            self._process.pause()
+            self.announce("paused")
+        return {}
+
+    def _resume(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
+        if self._process.is_paused:
+            self._process.resume()
+            self.announce("resumed")
+        return {}
+
+    def _power_button(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
+        with self._process.lock:
+            self._process.machine.board.pm.press_power_button()
+        self.announce("power-button")
+        return {}
+
+    def _stop(self, connection: Connection, number: object, arguments: Message) -> None:
+        grace_s = _number_of(arguments, "grace_s", DEFAULT_GRACE_S, MAX_GRACE_S)
+        self._resume(connection, number, {})
+        if arguments.get("button", True):
+            self._power_button(connection, number, {})
+        self._grace.arm(time.monotonic_ns() + int(grace_s * 1000) * NS_PER_MS)
+        self._waiting.append((connection, number))
+
+    def _kill(self, connection: Connection, number: object, _arguments: Message) -> None:
+        self._waiting.append((connection, number))
+        self._kill_now()
+
+    def _kill_now(self) -> None:
+        self.killed = True
+        self._process.quit()
+
+    def _wait(self, connection: Connection, number: object, _arguments: Message) -> None:
+        self._waiting = [(each, its) for each, its in self._waiting if each.is_open]
+        self._waiting.append((connection, number))
+
+    def _events(self, connection: Connection, _number: object, _arguments: Message) -> Message:
+        connection.wants_events = True
+        return {}
+
+    def _console(self, connection: Connection, number: object, arguments: Message) -> None:
+        backlog = int(_number_of(arguments, "backlog_bytes", 0, LOG_BYTES))
+        taken, typed = connection.release({"id": number, "ok": {}})
+        self._hub.attach(taken, backlog_bytes=backlog, typed=typed)
+
+
+def _number_of(arguments: Message, name: str, default: float, limit: float) -> float:
+    value = arguments.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= limit:
+        raise BadRequest(f"{name} {value!r}: expected a number from 0 to {limit:g}")
+    return float(value)
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - read often
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def describe(end: End, *, killed: bool) -> Message:
+    """The end of a guest that did not crash, as clients are told it."""
+    status = end.code if end.kind is EndKind.DEBUG_EXIT else 0
+    reason = "killed" if killed and end.kind is EndKind.QUIT else end.kind.value
+    return {"status": status, "reason": reason, "message": ""}

@@ -1,0 +1,259 @@
+"""The operations of the control protocol, on a guest of scripted processors."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ostler.config import parse_guest
+from ostler.control.connection import Connection, ConnectionLost
+from ostler.control.wire import MAX_LINE_BYTES, encode
+from ostler.errors import BadRequest, GuestNotFound, HostError
+from ostler.testing import kernels
+from ostler.testing.fake_accel import FakeAccel, Halt, In, Out, Script
+from ostler.vmm.hub import ConsoleLog, HubConsole
+from ostler.vmm.run import GuestProcess
+from ostler.vmm.server import ControlServer
+from ostler.vmm.service import GuestService, describe
+
+COM1 = 0x3F8
+SCI_STATUS, SCI_ENABLE = 0x600, 0x602
+
+
+class Served:
+    """A guest that serves its socket in a thread, from construction to the end of the test."""
+
+    def __init__(self, folder: Path, script: Callable[[], Script]) -> None:
+        kernel = folder / "kernel"
+        kernel.write_bytes(kernels.elf64(b"\xf4", note=kernels.xen_note(0x10_0000)))
+        self.path = folder / "control.sock"
+        self.log = folder / "console.log"
+        self.end: dict[str, object] = {}
+        self.service: GuestService
+        self._ready = threading.Event()
+        self._spec = parse_guest(kernel=kernel, memory="16M")
+        self._script = script
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._ready.wait(30)
+
+    def connect(self) -> Connection:
+        return Connection(self.path)
+
+    def join(self) -> dict[str, object]:
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        return self.end
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            with self.connect() as connection:
+                connection.request("kill")
+        self.join()
+
+    def _run(self) -> None:
+        log = ConsoleLog(self.log)
+        with GuestProcess(self._spec, FakeAccel(self._script), lambda *given: HubConsole(log, *given)) as process:
+            assert isinstance(process.console, HubConsole)
+            with ControlServer(self.path, process.loop, "fake") as server:
+                facts = {"name": "fake", "accelerator": "fake", "spec": {"cpus": 1}}
+                service = self.service = server.service = GuestService(process, server, process.console, facts)
+                process.loop.call_soon(self._ready.set)
+                end = process.run()
+                self.end = describe(end, killed=service.killed)
+                service.ended(self.end)
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[[Callable[[], Script]], Served]]:
+    made: list[Served] = []
+    with tempfile.TemporaryDirectory(prefix="ostler-") as name:
+
+        def start(script: Callable[[], Script]) -> Served:
+            made.append(Served(Path(name), script))
+            return made[0]
+
+        yield start
+        for each in made:
+            each.close()
+
+
+def idle() -> Script:
+    while True:
+        yield Halt()
+
+
+def until_power_button() -> Script:
+    yield Out(SCI_ENABLE, 0x100, size=2)
+    while not (yield In(SCI_STATUS, size=2)) & 0x100:
+        yield Halt()
+    yield Out(0x604, 0x2000, size=2)
+
+
+def echo() -> Script:
+    yield Out(COM1 + 2, 0x01)
+    yield Out(COM1 + 4, 0x0A)
+    yield Out(COM1 + 1, 0x01)
+    for byte in b"login: ":
+        yield Out(COM1, byte)
+    while True:
+        if (yield In(COM1 + 5)) & 1:
+            yield Out(COM1, (yield In(COM1)) ^ 0x20)
+        else:
+            yield Halt()
+
+
+Start = Callable[[Callable[[], Script]], Served]
+
+
+def test_status_names_the_guest_and_pause_changes_its_state(served: Start) -> None:
+    with served(idle).connect() as connection:
+        assert connection.hello["ostler-control"] == 1
+        assert connection.request("status")["state"] == "running"
+        assert connection.request("pause") == {}
+        assert connection.request("pause") == {}
+        assert connection.request("status")["state"] == "paused"
+        assert connection.request("resume") == {}
+        assert connection.request("status")["state"] == "running"
+        assert connection.request("inspect")["spec"] == {"cpus": 1}
+
+
+def test_stop_presses_the_power_button_and_answers_with_the_end(served: Start) -> None:
+    guest = served(until_power_button)
+    with guest.connect() as watcher, guest.connect() as connection:
+        watcher.request("events")
+        assert connection.request("stop", grace_s=60) == {"status": 0, "reason": "power-off", "message": ""}
+        assert guest.join()["reason"] == "power-off"
+
+
+def test_stop_kills_a_guest_that_does_not_care_even_a_paused_one(served: Start) -> None:
+    guest = served(idle)
+    with guest.connect() as connection:
+        connection.request("pause")
+        assert connection.request("stop", grace_s=0)["reason"] == "killed"
+    assert not guest.path.exists() or guest.join()
+
+
+def test_events_tell_the_story_to_its_end(served: Start) -> None:
+    guest = served(idle)
+    with guest.connect() as connection, guest.connect() as other:
+        events = connection.events(timeout_s=30)
+        # The subscription is made when the first event is asked for.
+        thread = threading.Thread(target=lambda: seen.extend(event["event"] for event in events))
+        seen: list[str] = []
+        thread.start()
+        while not seen:
+            other.request("pause")
+            other.request("resume")
+        other.request("kill")
+        thread.join(30)
+    assert set(seen) == {"paused", "resumed", "ended"}
+    assert seen[-1] == "ended"
+
+
+def test_everybody_who_waits_is_told_the_end(served: Start) -> None:
+    guest = served(idle)
+    with guest.connect() as first, guest.connect() as second, guest.connect() as killer:
+        for connection in (first, second):
+            # The answer to the second request says that the first has been taken.
+            connection._socket.sendall(encode({"id": "w", "op": "wait"}))
+            connection.request("status")
+        killer.request("kill")
+        end = {"status": 0, "reason": "killed", "message": ""}
+        assert [connection._receive() for connection in (first, second)] == [{"id": "w", "ok": end}] * 2
+
+
+def test_console_gives_backlog_and_carries_bytes_both_ways(served: Start) -> None:
+    guest = served(echo)
+    with guest.connect() as connection:
+        stream, got = connection.console(backlog_bytes=4096)
+    with stream:
+        stream.settimeout(30)
+        while b"login: " not in got:
+            got += stream.recv(100)
+        stream.sendall(b"ABC")
+        while b"abc" not in got:
+            got += stream.recv(100)
+    assert got == b"login: abc"
+    assert guest.log.read_bytes() == b"login: abc"
+
+
+def test_stats_count_processor_time_and_memory(served: Start) -> None:
+    with served(idle).connect() as connection:
+        stats = connection.request("stats")
+    assert [each["id"] for each in stats["vcpus"]] == [0]
+    assert stats["vcpus"][0]["cpu_time_ns"] > 0
+    assert 0 <= stats["memory"]["touched_bytes"] <= stats["memory"]["size_bytes"] == 16 << 20
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        ("fly", {}, "'fly': not known"),
+        ("stop", {"grace_s": "soon"}, "grace_s 'soon': expected a number from 0 to 3600"),
+        ("stop", {"grace_s": True}, "grace_s True"),
+        ("console", {"backlog_bytes": -1}, "backlog_bytes -1"),
+    ],
+)
+def test_bad_request_is_answered_and_the_connection_lives(
+    served: Start, op: str, arguments: dict[str, Any], message: str
+) -> None:
+    with served(idle).connect() as connection:
+        with pytest.raises(BadRequest, match=message):
+            connection.request(op, **arguments)
+        assert connection.request("status")["state"] == "running"
+
+
+def test_client_that_speaks_no_json_is_told_and_cut_off(served: Start) -> None:
+    guest = served(idle)
+    for nonsense in (b"GET / HTTP/1.1\r\n\r\n", b"x" * MAX_LINE_BYTES):
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.settimeout(30)
+            stranger.connect(str(guest.path))
+            stranger.sendall(nonsense)
+            # The end may overtake the complaint where the server had not read everything yet.
+            with contextlib.suppress(ConnectionResetError), stranger.makefile("rb") as stream:
+                assert b"control request: line" in stream.read()
+    with guest.connect() as connection:
+        assert connection.request("status")["state"] == "running"
+
+
+def test_connection_of_an_ended_guest_is_lost_and_a_new_one_refused(served: Start) -> None:
+    guest = served(idle)
+    with guest.connect() as connection, guest.connect() as other:
+        other.request("kill")
+        guest.join()
+        with pytest.raises(ConnectionLost):
+            connection.request("status")
+    with pytest.raises(GuestNotFound, match="is not running"):
+        guest.connect()
+
+
+def test_console_log_is_rotated_once(tmp_path: Path) -> None:
+    log = ConsoleLog(tmp_path / "console.log", limit_bytes=10)
+    for number in range(6):
+        log.write(b"%d" % number * 6)
+    log.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["console.log", "console.log.1"]
+    assert log.tail(14) == b"33444444555555"
+    assert log.tail(3) == b"555"
+
+
+def test_bug_in_an_operation_is_answered_and_the_guest_lives(served: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> dict[str, object]:
+        raise KeyError(0)
+
+    guest = served(idle)
+    with guest.connect() as connection:
+        guest.service.sources["broken"] = broken
+        with pytest.raises(HostError, match="internal error: KeyError: 0"):
+            connection.request("stats")
+        assert connection.request("status")["state"] == "running"
+    assert "Traceback" in capsys.readouterr().err
