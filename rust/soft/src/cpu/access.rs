@@ -261,7 +261,8 @@ impl Cpu {
         }
         let access = self.access_now(write);
         let page = self.walk(linear, access)?;
-        let slots = self.slots.clone();
+        // SAFETY: nothing here replaces the map; a clone would have all vCPUs fight for its count.
+        let slots = unsafe { &*std::sync::Arc::as_ptr(&self.slots) };
         let Some(slot) = slots.find(page.gpa) else {
             return Ok(Place::Mmio(page.gpa));
         };

@@ -1,4 +1,4 @@
-//! Decoded blocks: found by physical address and code size, so they survive CR3 writes, fork and
+//! Decoded blocks: found by physical address (as the slot's host address) and code size, so they survive CR3 writes, fork and
 //! exec (engine brief, sections 2 and 3); valid while their page's generation stands (`mem`).
 //!
 //! A block is a straight run of at most 32 instructions within one page, ended by an instruction
@@ -52,8 +52,8 @@ pub(crate) struct Block {
     /// Ends in a near direct branch or falls through: successors may be linked.
     pub linkable: bool,
     pub bytes: u8,
-    /// Physical address of the second page's first byte, its word and generation, when it straddles.
-    second: Option<(u64, *const AtomicU64, u32)>,
+    /// Host address of the second page's first byte, its word and generation, when it straddles.
+    second: Option<(*const u8, *const AtomicU64, u32)>,
     pub links: [Link; 2],
 }
 
@@ -237,13 +237,13 @@ impl Cpu {
     #[inline(never)]
     fn find_block_slow(&mut self, context: u64) -> R<*mut Block> {
         let linear = self.code_linear(self.rip, 1)?;
-        let (gpa, host) = self.fetch(linear)?;
-        let key = gpa << 2 | self.code_size as u64;
+        let host = self.fetch(linear)?;
+        let key = self.key(host);
         let known = self.blocks.map.get_mut(&key).map(|block| &mut **block as *mut Block);
         let block = match known {
             // SAFETY: the map owns the block.
             Some(block) if unsafe { (*block).valid() } && self.second_page_stands(unsafe { &*block }, linear)? => block,
-            _ => self.decode_block(key, linear, gpa, host)?,
+            _ => self.decode_block(linear)?,
         };
         // SAFETY: as above.
         let (straddles, bytes) = unsafe { ((*block).straddles(), (*block).bytes) };
@@ -272,23 +272,39 @@ impl Cpu {
         Ok((cs.base + rip) & 0xffff_ffff)
     }
 
-    /// Physical and host address of code, through the execute tag.
-    fn fetch(&mut self, linear: u64) -> R<(u64, *const u8)> {
-        let (gpa, host) = self.fetch_page(linear)?;
-        match host {
-            Some(host) => Ok((gpa, host)),
-            None => {
-                self.exit = Some(Exit::Internal("instruction fetch from an address that is not RAM"));
-                Err(Stop::Exit)
-            }
+    /// What a block is found by: a slot's host address stands for the physical one, as all blocks go
+    /// when the slots change.
+    fn key(&self, host: *const u8) -> u64 {
+        (host as u64) << 2 | self.code_size as u64
+    }
+
+    /// Host address of code, through the execute tag.
+    fn fetch(&mut self, linear: u64) -> R<*const u8> {
+        match self.fetch_page(linear)? {
+            Some(host) => Ok(host),
+            None => Err(self.fetch_outside()),
         }
     }
 
+    /// Physical and host address of code that is about to be decoded.
+    fn locate(&mut self, linear: u64) -> R<(u64, *const u8)> {
+        match self.fetch_walk(linear)? {
+            (gpa, Some(host)) => Ok((gpa, host)),
+            (_, None) => Err(self.fetch_outside()),
+        }
+    }
+
+    #[cold]
+    fn fetch_outside(&mut self) -> Stop {
+        self.exit = Some(Exit::Internal("instruction fetch from an address that is not RAM"));
+        Stop::Exit
+    }
+
     fn second_page_stands(&mut self, block: &Block, linear: u64) -> R<bool> {
-        let Some((gpa, word, generation)) = block.second else { return Ok(true) };
-        let (now, _) = self.fetch((linear & !0xfff).wrapping_add(PAGE_SIZE))?;
+        let Some((page, word, generation)) = block.second else { return Ok(true) };
+        let now = self.fetch((linear & !0xfff).wrapping_add(PAGE_SIZE))?;
         // SAFETY: as Block::valid.
-        Ok(now == gpa && unsafe { (*word).load(Relaxed) >> 32 == generation as u64 })
+        Ok(now == page && unsafe { (*word).load(Relaxed) >> 32 == generation as u64 })
     }
 
     /// Decodes at most `limit` instructions from `bytes`.
@@ -325,10 +341,10 @@ impl Cpu {
 
     /// Marks code on a page before it is trusted; gives the page's word and generation.
     fn mark_code(&mut self, gpa: u64, host: *const u8, size: usize) -> (*const AtomicU64, u32) {
-        let slots = self.slots.clone();
-        let Some(slot) = slots.find(gpa) else { unreachable!("code was fetched from this slot") };
-        let word = slot.code_word(gpa);
-        let before = word.fetch_or(granules(gpa & 0xfff, size as u64), AcqRel);
+        let Some(slot) = self.slots.find(gpa) else { unreachable!("code was fetched from this slot") };
+        let word: *const AtomicU64 = slot.code_word(gpa);
+        // SAFETY: the word belongs to a slot of the map the Cpu holds.
+        let before = unsafe { (*word).fetch_or(granules(gpa & 0xfff, size as u64), AcqRel) };
         if before & 0xffff_ffff == 0 {
             self.flush_writes_of(host as usize & !0xfff);
             self.board.code_page(gpa & !0xfff);
@@ -336,7 +352,9 @@ impl Cpu {
         (word, (before >> 32) as u32)
     }
 
-    fn decode_block(&mut self, key: u64, linear: u64, gpa: u64, host: *const u8) -> R<*mut Block> {
+    fn decode_block(&mut self, linear: u64) -> R<*mut Block> {
+        let (gpa, host) = self.locate(linear)?;
+        let key = self.key(host);
         if self.blocks.chunks.len() >= MAX_CHUNKS {
             self.blocks.clear();
         }
@@ -362,7 +380,7 @@ impl Cpu {
 
     /// One instruction that begins at the end of a page and goes on in the next.
     fn decode_straddling(&mut self, key: u64, linear: u64, gpa: u64, host: *const u8, in_page: usize) -> R<*mut Block> {
-        let (gpa2, host2) = self.fetch((linear & !0xfff).wrapping_add(PAGE_SIZE))?;
+        let (gpa2, host2) = self.locate((linear & !0xfff).wrapping_add(PAGE_SIZE))?;
         let (word, generation) = self.mark_code(gpa, host, in_page);
         let (word2, generation2) = self.mark_code(gpa2, host2, MAX_INSTRUCTION);
         let mut bytes = [0u8; MAX_INSTRUCTION];
@@ -374,7 +392,7 @@ impl Cpu {
         if ops.is_empty() {
             return Err(self.gp(0));
         }
-        Ok(self.keep(key, ops, end, linkable, (word, generation), Some((gpa2, word2, generation2))))
+        Ok(self.keep(key, ops, end, linkable, (word, generation), Some((host2, word2, generation2))))
     }
 
     fn keep(
@@ -384,7 +402,7 @@ impl Cpu {
         end: usize,
         linkable: bool,
         (word, generation): (*const AtomicU64, u32),
-        second: Option<(u64, *const AtomicU64, u32)>,
+        second: Option<(*const u8, *const AtomicU64, u32)>,
     ) -> *mut Block {
         let count = ops.len() as u32;
         let mut sentinel = ops[ops.len() - 1];
@@ -433,14 +451,14 @@ impl Cpu {
     /// Decodes the single instruction at RIP, uncached.
     pub(crate) fn decode_one(&mut self) -> R<Op> {
         let linear = self.code_linear(self.rip, 1)?;
-        let (gpa, host) = self.fetch(linear)?;
-        let in_page = ((PAGE_SIZE - (gpa & 0xfff)) as usize).min(MAX_INSTRUCTION);
+        let host = self.fetch(linear)?;
+        let in_page = ((PAGE_SIZE - (linear & 0xfff)) as usize).min(MAX_INSTRUCTION);
         let mut bytes = [0u8; MAX_INSTRUCTION];
         copy(host, &mut bytes[..in_page]);
         let mut ops = Vec::with_capacity(1);
         let (mut end, _, _) = self.decode(&bytes[..in_page], 1, &mut ops);
         if ops.is_empty() && in_page < MAX_INSTRUCTION {
-            let (_, host2) = self.fetch((linear & !0xfff).wrapping_add(PAGE_SIZE))?;
+            let host2 = self.fetch((linear & !0xfff).wrapping_add(PAGE_SIZE))?;
             copy(host2, &mut bytes[in_page..]);
             end = self.decode(&bytes, 1, &mut ops).0;
         }

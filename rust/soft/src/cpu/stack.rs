@@ -91,14 +91,25 @@ impl Cpu {
 
     // ---- instruction fetch --------------------------------------------------------------
 
+    /// The host address of an instruction's first byte, through the execute tag; `None` when it is
+    /// not RAM.
+    pub fn fetch_page(&mut self, linear: u64) -> R<Option<*const u8>> {
+        let tag = self.tag(linear, 1);
+        let entry = self.entry(linear);
+        if entry.x == tag {
+            return Ok(Some((linear as usize).wrapping_add(entry.addend) as *const u8));
+        }
+        self.fetch_walk(linear).map(|(_, host)| host)
+    }
+
     /// Translates an instruction address for fetching; gives its guest-physical address and the
     /// host address when it is RAM.
-    pub fn fetch_page(&mut self, linear: u64) -> R<(u64, Option<*const u8>)> {
+    #[inline(never)]
+    pub(crate) fn fetch_walk(&mut self, linear: u64) -> R<(u64, Option<*const u8>)> {
         let access =
             Access { exec: true, user: self.tlb.mode == Mode::User, smap: self.tlb.mode == Mode::Smap, write: false };
         let page = self.walk(linear, access)?;
-        let slots = self.slots.clone();
-        let Some(slot) = slots.find(page.gpa) else {
+        let Some(slot) = self.slots.find(page.gpa) else {
             return Ok((page.gpa, None));
         };
         // SAFETY: gpa lies within the slot.
