@@ -113,13 +113,25 @@ class MmioBus:
 
     def claim(self, name: str, start: int, size: int, device: BusDevice, *, max_width: int = 8) -> None:
         """Give addresses to a device. Raises ValueError on an overlap."""
+        if not self.is_free(start, size):
+            raise ValueError(f"{name}: {start:#x}+{size:#x} is empty or overlaps another claim")
+        at = bisect_right(self._starts, start)
+        self._starts.insert(at, start)
+        self._claims.insert(at, Claim(name, start, start + size, device, max_width))
+
+    def is_free(self, start: int, size: int) -> bool:
+        """Whether a claim of `size` bytes, at least one, would be taken."""
         at = bisect_right(self._starts, start)
         before = self._claims[at - 1] if at else None
         after = self._claims[at] if at < len(self._claims) else None
-        if size < 1 or (before and before.end > start) or (after and after.start < start + size):
-            raise ValueError(f"{name}: {start:#x}+{size:#x} is empty or overlaps another claim")
-        self._starts.insert(at, start)
-        self._claims.insert(at, Claim(name, start, start + size, device, max_width))
+        return size >= 1 and not (before and before.end > start) and not (after and after.start < start + size)
+
+    def release(self, start: int) -> None:
+        """Take back the claim that begins at `start`. Raises ValueError when there is none."""
+        at = bisect_right(self._starts, start) - 1
+        if at < 0 or self._starts[at] != start:
+            raise ValueError(f"no claim begins at {start:#x}")
+        del self._starts[at], self._claims[at]
 
     def _find(self, address: int) -> Claim | None:
         at = bisect_right(self._starts, address)

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 
 from ostler.errors import BadRequest
 from ostler.memory import Gpa, GuestMemory
-from ostler.memory.layout import ACPI_LIMIT, ACPI_START, EBDA_START, HIGH_MEMORY_START, PAGE_SIZE
+from ostler.memory.layout import (
+    ACPI_LIMIT,
+    ACPI_START,
+    EBDA_START,
+    HIGH_MEMORY_START,
+    PAGE_SIZE,
+    PCI_ECAM_BASE,
+    PCI_ECAM_SIZE,
+)
 
 GDT_BASE = Gpa(0x500)
 INFO_BASE = Gpa(0x6000)
@@ -49,6 +57,8 @@ def memory_map(memory: GuestMemory) -> list[MapEntry]:
         start = max(region.start, HIGH_MEMORY_START)
         if region.end > start:
             entries.append(MapEntry(Gpa(start), region.end - start, E820_RAM))
+    # Linux believes in the ECAM of the MCFG table only where the memory map or the DSDT reserves it.
+    entries.append(MapEntry(PCI_ECAM_BASE, PCI_ECAM_SIZE, E820_RESERVED))
     return entries
 
 

@@ -4,7 +4,7 @@ Port map, besides what the accelerator keeps to itself (PIC, PIT, their control 
 
     0x60..0x64 keyboard reset    0x70..0x71 RTC      0x80, 0xED scratch   0x92 reset
     0xE9 debug console           0xF4 debug exit     0x3F8 COM1           0x505 pvpanic
-    0x510..0x511 fw_cfg          0x600..0x60B ACPI   0xCF9 reset
+    0x510..0x511 fw_cfg          0x600..0x60B ACPI   0xCF8..0xCFF PCI configuration, 0xCF9 reset in it
 
 One lock serialises all devices. They hold it for microseconds and under the interpreter's own
 lock anyway, and devices that meet (timer and register access, console and UART) cannot deadlock.
@@ -18,14 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from ostler.boot.acpi import AcpiPlatform
+from ostler.boot.acpi import AcpiPci, AcpiPlatform
 from ostler.bus import MmioBus, PortBus
 from ostler.devices.acpi import pm
 from ostler.devices.legacy import debug, fw_cfg
 from ostler.devices.legacy.reset import (
-    PCI_ADDRESS_PORT,
-    PCI_ADDRESS_PORTS,
-    RESET_OFFSET,
+    RESET_PORT,
     KeyboardReset,
     ResetPort,
     Scratch,
@@ -34,10 +32,17 @@ from ostler.devices.legacy.reset import (
 from ostler.devices.legacy.rtc import CENTURY, Rtc
 from ostler.devices.legacy.serial import PORT_COUNT as SERIAL_PORTS
 from ostler.devices.legacy.serial import Serial
+from ostler.devices.pci.host import ADDRESS_PORT as PCI_PORT
+from ostler.devices.pci.host import PORT_COUNT as PCI_PORTS
+from ostler.devices.pci.host import ConfigPorts, Ecam, HostBridge, PciRange
+from ostler.devices.pci.intx import IntxPins
 from ostler.devices.state import Saved
 from ostler.devices.testing import pc_testdev as testdev
+from ostler.devices.virtio.device import VirtioDevice
+from ostler.devices.virtio.pci import Doorbell, PciWiring, VirtioPci
 from ostler.devices.wiring import Clock, IrqLine, PowerSink, Timer
-from ostler.errors import StateError
+from ostler.errors import BadRequest, StateError
+from ostler.memory import GuestMemory, layout
 from ostler.memory.layout import IOAPIC_BASE, LAPIC_BASE, LOW_RAM_LIMIT, TEST_MEMORY_BASE
 
 COM1_PORT, COM1_IRQ = 0x3F8, 4
@@ -46,6 +51,8 @@ KEYBOARD_PORT, SYSTEM_CONTROL_PORT = 0x60, 0x92
 SCRATCH_PORTS = (0x80, 0xED)
 RESET_VALUE = 0x06
 IOAPIC_ID = 0
+# IOAPIC inputs that a PC's own devices leave alone.
+PCI_GSIS = (16, 17, 18, 19)
 # The BIOS memory map is older than 4 GiB of memory; CMOS keeps only what fits its fields.
 CMOS_KIB_LIMIT = 0xFFFF
 
@@ -67,14 +74,19 @@ class Wiring:
     power: PowerSink
     console_sink: Callable[[int], None]
     console_room: Callable[[], None]
+    add_reader: Callable[[int, Callable[[], None]], None]
+    """Call back on the event loop while a descriptor is readable; while the machine is being wired only."""
+    remove_reader: Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Chipset:
-    """What the board reaches of the accelerator: interrupt lines, and re-mapping for tests."""
+    """What the board reaches of the accelerator: interrupts, doorbells, and re-mapping for tests."""
 
     drive_gsi: Callable[[int, int], None]
     flush_page: Callable[[int], None]
+    send_msi: Callable[[int, int], None]
+    new_doorbell: Callable[[Callable[[], None]], Doorbell]
 
 
 class StatefulDevice(Protocol):
@@ -99,6 +111,7 @@ class Board:
         self.rtc = self._make_rtc(wiring, cpus=cpus, memory_bytes=memory_bytes)
         self.pm = self._make_pm(wiring)
         self._stateful: dict[str, StatefulDevice] = {"COM1": self.serial, "RTC": self.rtc, "ACPI": self.pm}
+        self._chipset_pci()
         self._claim_legacy(wiring, cpus=cpus, memory_bytes=memory_bytes)
         if test_devices:
             self._claim_test_devices()
@@ -117,7 +130,7 @@ class Board:
             pm1_control_port=pm.PM_BASE + pm.PM1_CONTROL_OFFSET,
             pm_timer_port=pm.PM_BASE + pm.PM_TIMER_OFFSET,
             sci_gsi=pm.SCI_GSI,
-            reset_port=PCI_ADDRESS_PORT + RESET_OFFSET,
+            reset_port=RESET_PORT,
             reset_value=RESET_VALUE,
             sleep_type_s5=pm.SLEEP_TYPE_S5,
             serial_ports=((COM1_PORT, COM1_IRQ),),
@@ -125,7 +138,29 @@ class Board:
             rtc_irq=RTC_IRQ,
             rtc_century_index=CENTURY,
             pvpanic_port=debug.PVPANIC_PORT,
+            pci=AcpiPci(
+                ecam_base=layout.PCI_ECAM_BASE,
+                ecam_size=layout.PCI_ECAM_SIZE,
+                low_start=layout.PCI_LOW_START,
+                low_size=layout.PCI_LOW_SIZE,
+                high_start=layout.PCI_HIGH_START,
+                high_size=layout.PCI_HIGH_SIZE,
+                config_port=PCI_PORT,
+                pin_gsis=PCI_GSIS,
+            ),
         )
+
+    def plug(self, name: str, device: VirtioDevice, memory: GuestMemory) -> VirtioPci:
+        """Add a virtio device as the next PCI function, known as `name` in saved state. Raises BadRequest."""
+        try:
+            slot = self.pci.free_slot()
+        except ValueError as error:
+            raise BadRequest(f"device {name}: {error}") from error
+        wiring = PciWiring(memory, self._chipset.send_msi, partial(self._pins.set, slot), self._chipset.new_doorbell)
+        transport = VirtioPci(device, wiring)
+        self.pci.add(slot, transport.function, gsi=PCI_GSIS[slot % len(PCI_GSIS)])
+        self._stateful[f"PCI {slot:02x}.0 {name}"] = transport
+        return transport
 
     def save(self) -> dict[str, Saved]:
         """The state of every device that has one, by name; under the lock."""
@@ -156,6 +191,15 @@ class Board:
         timer.call(device.expired)
         return device
 
+    def _chipset_pci(self) -> None:
+        self.pci = HostBridge(
+            self.mmio,
+            low=PciRange(layout.PCI_LOW_START, layout.PCI_LOW_SIZE),
+            high=PciRange(layout.PCI_HIGH_START, layout.PCI_HIGH_SIZE),
+        )
+        self._pins = IntxPins(tuple(self._line(gsi) for gsi in PCI_GSIS))
+        self.mmio.claim("ECAM", layout.PCI_ECAM_BASE, layout.PCI_ECAM_SIZE, Ecam(self.pci), max_width=4)
+
     def _claim_legacy(self, wiring: Wiring, *, cpus: int, memory_bytes: int) -> None:
         power, ports = wiring.power, self.ports
         keyboard, control, reset = KeyboardReset(power), SystemControl(power), ResetPort(power)
@@ -166,7 +210,8 @@ class Board:
         ports.claim("keyboard command", KEYBOARD_PORT + 4, 1, _Shifted(keyboard, 4))
         ports.claim("RTC", RTC_PORT, 2, self.rtc)
         ports.claim("system control", SYSTEM_CONTROL_PORT, 1, control)
-        ports.claim("reset control", PCI_ADDRESS_PORT, PCI_ADDRESS_PORTS, reset, max_width=4)
+        config_ports = self._stateful["PCI address"] = ConfigPorts(self.pci, reset)
+        ports.claim("PCI configuration", PCI_PORT, PCI_PORTS, config_ports, max_width=4)
         ports.claim("fw_cfg", fw_cfg.FW_CFG_PORT, fw_cfg.FW_CFG_PORTS, firmware, max_width=2)
         for port in SCRATCH_PORTS:
             scratch = self._stateful[f"scratch {port:#x}"] = Scratch()

@@ -9,6 +9,7 @@ told of every write.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -20,8 +21,10 @@ from ostler.boot.acpi import install_tables
 from ostler.boot.kernel import Kernel
 from ostler.boot.load import load_guest
 from ostler.config import GuestSpec
+from ostler.devices.virtio.device import VirtioDevice
 from ostler.errors import BadRequest, HostError
 from ostler.machine.board import Board, Chipset, Wiring
+from ostler.machine.doorbells import Doorbells
 from ostler.machine.processor import enter, give_pics_their_vectors, wire_local_interrupts
 from ostler.memory import GuestMemory
 from ostler.memory.layout import PAGE_SIZE
@@ -32,8 +35,13 @@ PIC_LINES, IOAPIC_LINES, CASCADE, PIT_PIN = 16, 24, 2, 2
 class Machine:
     """Owns VM, processors and memory; a context manager. The board's lock guards its devices."""
 
-    def __init__(self, spec: GuestSpec, accel: Accel, wiring: Wiring) -> None:
-        """Raises BadRequest for processors the accelerator lacks, HostError without memory."""
+    def __init__(
+        self, spec: GuestSpec, accel: Accel, wiring: Wiring, *, functions: Sequence[tuple[str, VirtioDevice]] = ()
+    ) -> None:
+        """`functions` are virtio devices for the PCI bus, each under a name of its own, in the bus's order.
+
+        Raises BadRequest for processors the accelerator lacks or too many functions, HostError without memory.
+        """
         self.spec = spec
         most = accel.check_extension(Cap.MAX_VCPUS)
         if spec.cpus > most:
@@ -54,10 +62,13 @@ class Machine:
             self.memory.register(self.vm)
             self.memory.on_write(self.vm.memory_written)
             self.vcpus = [self._new_vcpu(number) for number in range(spec.cpus)]
-            chipset = Chipset(self.vm.irq_line, self._flush_page)
+            doorbells = stack.enter_context(Doorbells(self.vm, wiring))
+            chipset = Chipset(self.vm.irq_line, self._flush_page, self._send_msi, doorbells.new)
             self.board = Board(
                 wiring, chipset, cpus=spec.cpus, memory_bytes=spec.memory_bytes, test_devices=spec.test_devices
             )
+            stack.callback(self._unplug)
+            self.transports = [self.board.plug(name, device, self.memory) for name, device in functions]
             self._resources = stack.pop_all()
 
     def load(self, kernel: Kernel, *, initrd: bytes | None, cmdline: str) -> None:
@@ -75,6 +86,15 @@ class Machine:
     def _flush_page(self, gpa: int) -> None:
         """A test program wants the page at `gpa` looked at afresh."""
         self.vm.memory_written(gpa & ~(PAGE_SIZE - 1), PAGE_SIZE)
+
+    def _send_msi(self, address: int, data: int) -> None:
+        # A message nobody takes is the guest's own mistake, as on a real bus.
+        self.vm.signal_msi(address, data)
+
+    def _unplug(self) -> None:
+        """Devices let go of guest memory before it is unmapped."""
+        for transport in getattr(self, "transports", ()):
+            transport.core.reset()
 
     def close(self) -> None:
         """Release everything. No processor may be running."""

@@ -217,6 +217,8 @@ class FakeVm:
         self.slots: list[tuple[int, int, int]] = []
         self.routes: list[Route] = []
         self.lines: list[tuple[int, int]] = []
+        self.messages: list[tuple[int, int]] = []
+        self.ioeventfds: list[tuple[int, int, int]] = []
         self.vcpus: list[FakeVcpu] = []
         self.written: list[tuple[int, int]] = []
         self.chips: dict[int, Irqchip] = {}
@@ -251,6 +253,27 @@ class FakeVm:
         if level:
             for vcpu in self.vcpus:
                 vcpu.interrupt()
+
+    def signal_msi(self, address: int, data: int) -> bool:
+        self.messages.append((address, data))
+        for vcpu in self.vcpus:
+            vcpu.interrupt()
+        return True
+
+    def ioeventfd(
+        self,
+        fd: int,
+        address: int,
+        size: int,
+        *,
+        datamatch: int | None = None,  # noqa: ARG002
+        pio: bool = False,  # noqa: ARG002
+        deassign: bool = False,
+    ) -> None:
+        if deassign:
+            self.ioeventfds.remove((fd, address, size))
+        else:
+            self.ioeventfds.append((fd, address, size))
 
     def memory_written(self, gpa: int, size: int) -> None:
         self.written.append((gpa, size))

@@ -123,6 +123,8 @@ class GuestProcess:
                 power=self._power,
                 console_sink=self.console.put,
                 console_room=self.console.on_room,
+                add_reader=self.loop.add_reader,
+                remove_reader=self.loop.remove_reader,
             )
             self.machine = undo.enter_context(Machine(spec, opened, wiring))
             self.processors = [

@@ -68,7 +68,7 @@ def test_linux64_zero_page_and_page_tables() -> None:
         assert integer(memory, ZERO_PAGE + 0x70, 8) == 0xE_0000
         assert integer(memory, ZERO_PAGE + 0x21C) == 5000
         assert integer(memory, ZERO_PAGE + 0x218) == 62 * MIB + 2 * MIB - 8192
-        assert integer(memory, ZERO_PAGE + 0x1E8, 1) == 4
+        assert integer(memory, ZERO_PAGE + 0x1E8, 1) == 5
         assert integer(memory, PAGE_TABLES, 8) == PAGE_TABLES + 0x1003
         assert integer(memory, PAGE_TABLES + 0x2000 + 8 * 2047, 8) == 0xFFE0_0083
     assert (entry.mode, entry.rip, entry.page_table) == (CpuMode.LONG_64, 0x100_0200, PAGE_TABLES)
@@ -87,7 +87,7 @@ def test_multiboot_elf32_gets_info_and_module() -> None:
         assert memory.read(start, end - start) == b"ENV=1"
         assert start % 4096 == 0
         size, at = integer(memory, INFO_BASE + 44), integer(memory, INFO_BASE + 48)
-        assert size == 4 * 24
+        assert size == 5 * 24
         assert integer(memory, at) == 20
     assert (entry.rip, entry.registers["rax"]) == (0x40_0000, 0x2BADB002)
 

@@ -53,25 +53,13 @@ def test_keyboard_controller_output_port_bit_0_resets() -> None:
 def test_reset_ports_rising_edge_resets_once(first: int) -> None:
     power = RecordedPower()
     port = ResetPort(power)
-    port.write(1, 1, first)
-    port.write(1, 1, 0x06)
+    port.write(0, 1, first)
+    port.write(0, 1, 0x06)
     assert power.events == RESET
     control = SystemControl(power)
     control.write(0, 1, 0x03)
     control.write(0, 1, 0x03)
     assert power.events == RESET * 2
-
-
-def test_reset_port_pci_address_write_does_not_reset() -> None:
-    power = RecordedPower()
-    bus = PortBus()
-    bus.claim("reset", 0xCF8, 4, ResetPort(power), max_width=4)
-    bus.write(0xCF8, 4, 0x8000_0600)
-    bus.write(0xCF8, 2, 0x0600)
-    assert bus.read(0xCF8, 4) == 0xFFFF_FFFF
-    assert power.events == []
-    bus.write(0xCF9, 1, 0x06)
-    assert power.events == RESET
 
 
 def test_scratch_port_keeps_last() -> None:

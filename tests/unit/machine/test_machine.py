@@ -43,6 +43,8 @@ def wiring(power: RecordedPower | None = None, sink: bytearray | None = None) ->
         power=power or RecordedPower(),
         console_sink=(bytearray() if sink is None else sink).append,
         console_room=lambda: None,
+        add_reader=lambda _fd, _callback: None,
+        remove_reader=lambda _fd: None,
     )
 
 

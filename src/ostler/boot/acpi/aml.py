@@ -107,6 +107,11 @@ def returns(value: bytes) -> bytes:
     return RETURN_OP + value
 
 
+def argument(number: int) -> bytes:
+    """Arg0 to Arg6 inside a method."""
+    return bytes([0x68 + number])
+
+
 # -- resource descriptors, section 6.4 ----------------------------------------------------------
 
 
@@ -118,6 +123,35 @@ def io_ports(start: int, size: int) -> bytes:
 def isa_irq(line: int) -> bytes:
     """An edge-triggered, active-high, exclusive ISA interrupt."""
     return b"\x22" + (1 << line).to_bytes(2, "little")
+
+
+def memory32(start: int, size: int) -> bytes:
+    """A fixed, writable range below 4 GiB."""
+    return b"\x86\x09\x00\x01" + start.to_bytes(4, "little") + size.to_bytes(4, "little")
+
+
+def _window(kind: bytes, resource_type: int, flags: int, width: int, bounds: tuple[int, int]) -> bytes:
+    """An address space descriptor whose ends are fixed and which the device forwards (6.4.3.5)."""
+    first, last = bounds
+    general, granularity, translation = 0x0C, 0, 0
+    fields = (granularity, first, last, translation, last - first + 1)
+    body = bytes([resource_type, general, flags]) + b"".join(each.to_bytes(width, "little") for each in fields)
+    return kind + len(body).to_bytes(2, "little") + body
+
+
+def bus_range(first: int, last: int) -> bytes:
+    """Bus numbers below a bridge."""
+    return _window(b"\x88", 2, 0, 2, (first, last))
+
+
+def memory_window32(start: int, size: int) -> bytes:
+    """Memory below 4 GiB that a bridge forwards, not cacheable, writable."""
+    return _window(b"\x87", 0, 1, 4, (start, start + size - 1))
+
+
+def memory_window64(start: int, size: int) -> bytes:
+    """Memory anywhere that a bridge forwards, not cacheable, writable."""
+    return _window(b"\x8a", 0, 1, 8, (start, start + size - 1))
 
 
 def resource_template(*descriptors: bytes) -> bytes:

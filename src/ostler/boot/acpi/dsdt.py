@@ -1,9 +1,9 @@
-"""The DSDT of Ostler's board: processors, serial ports, clock, panic port, soft-off."""
+"""The DSDT of Ostler's board: processors, serial ports, clock, panic port, PCI, soft-off."""
 
 from __future__ import annotations
 
 from ostler.boot.acpi import aml
-from ostler.boot.acpi.platform import AcpiPlatform
+from ostler.boot.acpi.platform import AcpiPci, AcpiPlatform
 
 STATUS_PRESENT_AND_WORKING = 0x0F
 
@@ -15,6 +15,8 @@ def dsdt_body(platform: AcpiPlatform) -> bytes:
     devices.append(_rtc(platform))
     if platform.pvpanic_port is not None:
         devices.append(_pvpanic(platform.pvpanic_port))
+    if platform.pci is not None:
+        devices += [_motherboard(platform.pci), _host_bridge(platform.pci)]
     sleep_type = aml.integer(platform.sleep_type_s5)
     soft_off = aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
     return soft_off + aml.scope("\\_SB", *devices)
@@ -51,6 +53,44 @@ def _pvpanic(port: int) -> bytes:
         aml.name("_HID", aml.string("QEMU0001")),
         _status(),
         aml.name("_CRS", aml.resource_template(aml.io_ports(port, 1))),
+    )
+
+
+def _motherboard(pci: AcpiPci) -> bytes:
+    """Reserves the configuration space, which belongs to no device (PCI Firmware 3.3, note to table 4-2)."""
+    return aml.device(
+        "MBRD",
+        aml.name("_HID", aml.eisa_id("PNP0C02")),
+        aml.name("_CRS", aml.resource_template(aml.memory32(pci.ecam_base, pci.ecam_size))),
+    )
+
+
+def _host_bridge(pci: AcpiPci) -> bytes:
+    """Root bus 0; every slot's INTA is wired, though drivers use messages."""
+    windows = aml.resource_template(
+        aml.bus_range(0, (pci.ecam_size >> 20) - 1),
+        aml.io_ports(pci.config_port, 8),
+        aml.memory_window32(pci.low_start, pci.low_size),
+        aml.memory_window64(pci.high_start, pci.high_size),
+    )
+    routes = [
+        aml.package(
+            aml.integer(slot << 16 | 0xFFFF), aml.integer(0), aml.integer(0),
+            aml.integer(pci.pin_gsis[slot % len(pci.pin_gsis)]),
+        )
+        for slot in range(1, 32)
+    ]  # fmt: skip
+    return aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisa_id("PNP0A08")),
+        aml.name("_CID", aml.eisa_id("PNP0A03")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_SEG", aml.integer(0)),
+        aml.name("_BBN", aml.integer(0)),
+        # The system may have every feature it asks for: there is no port that could have one.
+        aml.method("_OSC", 4, aml.returns(aml.argument(3))),
+        aml.name("_CRS", windows),
+        aml.name("_PRT", aml.package(*routes)),
     )
 
 

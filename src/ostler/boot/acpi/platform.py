@@ -10,6 +10,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class AcpiPci:
+    """The host bridge: bus 0, its configuration space and the ranges it forwards."""
+
+    ecam_base: int
+    ecam_size: int
+    low_start: int
+    low_size: int
+    high_start: int
+    high_size: int
+    config_port: int
+    pin_gsis: tuple[int, ...]
+    """INTA of slot n reaches the input `pin_gsis[n % 4]`."""
+
+
+@dataclass(frozen=True, slots=True)
 class AcpiPlatform:
     """Ports, interrupt lines and processors, as the operating system is to find them."""
 
@@ -30,3 +45,4 @@ class AcpiPlatform:
     rtc_irq: int
     rtc_century_index: int
     pvpanic_port: int | None
+    pci: AcpiPci | None = None

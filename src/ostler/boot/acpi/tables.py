@@ -1,4 +1,4 @@
-"""The fixed ACPI tables: RSDP, RSDT, XSDT, FADT, FACS, MADT; ACPI 6.5 section 5.2.
+"""The fixed ACPI tables: RSDP, RSDT, XSDT, FADT, FACS, MADT, MCFG; ACPI 6.5 section 5.2.
 
 The board is not hardware-reduced: it has the PM1 registers and the PM timer, because soft-off,
 reset and timer calibration of unmodified kernels rest on them. There is no SMI port, which tells
@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 
 from ostler.boot.acpi.dsdt import dsdt_body
-from ostler.boot.acpi.platform import AcpiPlatform
+from ostler.boot.acpi.platform import AcpiPci, AcpiPlatform
 from ostler.memory import Gpa, GuestMemory
 from ostler.memory.layout import ACPI_LIMIT, ACPI_START
 
@@ -50,7 +50,9 @@ def build_tables(platform: AcpiPlatform, *, base: Gpa = ACPI_START) -> AcpiTable
     dsdt = image.place(_table(b"DSDT", 2, dsdt_body(platform)))
     fadt = image.place(_fadt(platform, facs=facs, dsdt=dsdt))
     madt = image.place(_madt(platform))
-    listed = (fadt, madt)
+    listed = [fadt, madt]
+    if platform.pci is not None:
+        listed.append(image.place(_mcfg(platform.pci)))
     rsdt = image.place(_table(b"RSDT", 1, struct.pack(f"<{len(listed)}I", *listed)))
     xsdt = image.place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     image.replace(rsdp, _rsdp(rsdt=rsdt, xsdt=xsdt))
@@ -153,6 +155,12 @@ def _madt(platform: AcpiPlatform) -> bytes:
     all_processors = 0xFF
     entries.append(struct.pack("<BBBHB", MADT_LOCAL_NMI, 6, all_processors, 0, 1))
     return _table(b"APIC", 5, struct.pack("<II", platform.lapic_base, MADT_PC_COMPATIBLE) + b"".join(entries))
+
+
+def _mcfg(pci: AcpiPci) -> bytes:
+    """PCI Firmware 3.3 section 4.1.2: segment 0, as many buses as the size holds."""
+    last_bus = (pci.ecam_size >> 20) - 1
+    return _table(b"MCFG", 1, struct.pack("<8xQHBB4x", pci.ecam_base, 0, 0, last_bus))
 
 
 def _local_apic(uid: int, apic_id: int) -> bytes:

@@ -14,7 +14,7 @@ from ostler.devices.state import Saved, load, save, uint
 from ostler.devices.wiring import PowerEvent, PowerSink
 from ostler.registers import Register, bit
 
-PCI_ADDRESS_PORT, PCI_ADDRESS_PORTS, RESET_OFFSET = 0xCF8, 4, 1
+RESET_PORT = 0xCF9
 KBD_DATA_OFFSET, KBD_COMMAND_OFFSET = 0, 4
 KBD_PULSE_RESET = 0xFE
 KBD_WRITE_OUTPUT_PORT = 0xD1
@@ -102,26 +102,18 @@ class SystemControl:
 class ResetPort:
     """Port 0xCF9: a reset on the rising edge of its bit; also the ACPI reset register.
 
-    The port lies inside the PCI address register at 0xCF8, and only single bytes reach it. So this
-    device claims all four: without it, a double word written to a PCI bus that is not there would be
-    split on its way, and some device numbers would reset the machine.
+    The port lies inside the PCI address register at 0xCF8, whose owner (`devices/pci/host.py`) passes
+    single bytes on and nothing wider.
     """
 
     def __init__(self, power: PowerSink) -> None:
         self._power = power
         self._value = 0
-        self.pci_accesses = 0
 
-    def read(self, offset: int, size: int) -> int:
-        if (offset, size) == (RESET_OFFSET, 1):
-            return self._value
-        self.pci_accesses += 1
-        return 0xFFFF_FFFF
+    def read(self, offset: int, size: int) -> int:  # noqa: ARG002
+        return self._value
 
-    def write(self, offset: int, size: int, value: int) -> None:
-        if (offset, size) != (RESET_OFFSET, 1):
-            self.pci_accesses += 1
-            return
+    def write(self, offset: int, size: int, value: int) -> None:  # noqa: ARG002
         rising = value & ~self._value & ResetControl.RESET
         self._value = value & (ResetControl.HARD | ResetControl.FULL)
         if rising:

@@ -138,6 +138,8 @@ class Virtqueue:
         self._used_ring = used[4:-2].cast("I")
         self._avail_event = used[-2:].cast("H")
         self._open = True
+        self.paused = False
+        """The transport forbids access to guest memory for now; takes effect at the next batch."""
 
     @classmethod
     def unused(cls, memory: GuestMemory) -> Self:
@@ -146,7 +148,7 @@ class Virtqueue:
         queue.size, queue.memory, queue.event_idx, queue.in_flight = 0, memory, False, 0
         queue._interrupt, queue._indirect, queue._layout = _nobody, False, QueueLayout(0, 0, 0, 0)
         queue._mask = queue._next_avail = queue._next_used = queue._signalled_used = 0
-        queue._must_signal = False
+        queue._must_signal = queue.paused = False
         queue.close()
         return queue
 
@@ -235,7 +237,7 @@ class Virtqueue:
 
     def _look(self) -> bool:
         """Whether the driver has added chains; when not, it is asked to notify of the next."""
-        if not self._open:
+        if not self._open or self.paused:
             return False
         seen = self._avail[1]
         if seen == self._next_avail and self.event_idx:
