@@ -11,11 +11,14 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ostler.accel.models import DEFAULT_MODEL, model
 from ostler.accel.opener import NAMES as ACCELERATORS
+from ostler.config.complaints import bad_request
+from ostler.config.devices import DiskSpec, NetSpec, PortSpec, ShareSpec
 from ostler.config.sizes import MIB, format_size, parse_size
+from ostler.config.text import one_line
 from ostler.errors import BadRequest
 
 MIN_MEMORY_BYTES = 16 * MIB
@@ -61,10 +64,15 @@ def _accelerator(value: str) -> str:
     return value
 
 
-def _text_line(value: str) -> str:
-    if "\0" in value or "\n" in value:
-        raise ValueError("expected one line of text")
-    return value
+# The same in every place a guest is described: a guest, a request for one, a file.
+Memory = Annotated[
+    int, BeforeValidator(_memory), WithJsonSchema({"type": ["string", "integer"], "examples": ["512M", "2G"]})
+]
+Cpus = Annotated[int, BeforeValidator(_cpus), WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MAX_CPUS})]
+CpuModel = Annotated[str, AfterValidator(_cpu_model)]
+Accelerator = Annotated[str, AfterValidator(_accelerator), WithJsonSchema({"enum": list(ACCELERATORS)})]
+TextLine = Annotated[str, AfterValidator(one_line)]
+DEFAULT_MEMORY_BYTES = 512 * MIB
 
 
 class GuestSpec(BaseModel):
@@ -74,12 +82,23 @@ class GuestSpec(BaseModel):
 
     kernel: Path
     initrd: Path | None = None
-    append: Annotated[str, AfterValidator(_text_line)] = ""
-    memory: Annotated[int, BeforeValidator(_memory)] = 512 * MIB
+    append: TextLine = ""
+    memory: Memory = DEFAULT_MEMORY_BYTES
     """Bytes; given as text with a unit or as a number of bytes."""
-    cpus: Annotated[int, BeforeValidator(_cpus)] = 1
-    cpu: Annotated[str, AfterValidator(_cpu_model)] = DEFAULT_MODEL
-    accel: Annotated[str, AfterValidator(_accelerator)] = "auto"
+    cpus: Cpus = 1
+    cpu: CpuModel = DEFAULT_MODEL
+    accel: Accelerator = "auto"
+    disks: tuple[DiskSpec, ...] = ()
+    """The guest sees them in this order: vda, vdb, …"""
+    nets: tuple[NetSpec, ...] = ()
+    ports: tuple[PortSpec, ...] = ()
+    """Led to the guest by its first passt network."""
+    shares: tuple[ShareSpec, ...] = ()
+    """Tagged `share0`, `share1`, … in this order."""
+    vsock_cid: Annotated[int, Field(ge=3, le=2**32 - 2)] | None = None
+    """None: no vsock device, and so no agent."""
+    rng: bool = False
+    balloon: bool = False
     test_devices: bool = Field(default=False)
     """The ports and memory that kvm-unit-tests look for."""
 
@@ -95,10 +114,4 @@ def parse_guest(**values: Any) -> GuestSpec:
     try:
         return GuestSpec.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "guest"
-        expected = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "missing":
-            raise BadRequest(f"{field}: missing, expected a value") from error
-        shown = " ".join(str(first["input"]).split())
-        raise BadRequest(f"{field} {shown!r}: {expected}") from error
+        raise bad_request(error) from error
