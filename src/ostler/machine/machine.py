@@ -25,7 +25,7 @@ from ostler.devices.virtio.device import VirtioDevice
 from ostler.errors import BadRequest, HostError
 from ostler.machine.board import Board, Chipset, Wiring
 from ostler.machine.doorbells import Doorbells
-from ostler.machine.processor import enter, give_pics_their_vectors, wire_local_interrupts
+from ostler.machine.processor import enable_extended_states, enter, give_pics_their_vectors, wire_local_interrupts
 from ostler.memory import GuestMemory
 from ostler.memory.layout import PAGE_SIZE
 
@@ -81,6 +81,7 @@ class Machine:
         vcpu = self.vm.create_vcpu(number)
         install(self.model, vcpu, self.spec.cpus)
         wire_local_interrupts(vcpu)
+        enable_extended_states(vcpu)
         return vcpu
 
     def _flush_page(self, gpa: int) -> None:

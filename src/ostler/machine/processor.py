@@ -6,7 +6,7 @@ Field meanings: Intel SDM volume 3, sections 3.4 (descriptors) and 11.5 (local v
 from __future__ import annotations
 
 from ostler.abi.kvm import board as kvm_board
-from ostler.abi.kvm.state import Segment, Sregs
+from ostler.abi.kvm.state import Segment, Sregs, Xcrs
 from ostler.accel.api import VCPU, VM, Regs
 from ostler.boot.entry import CpuMode, EntryState
 from ostler.boot.lowmem import BOOT_CODE, BOOT_DATA, BOOT_TSS
@@ -60,6 +60,19 @@ def wire_local_interrupts(vcpu: VCPU) -> None:
     for register, mode in ((LAPIC_LVT_LINT0, DELIVERY_EXTINT), (LAPIC_LVT_LINT1, DELIVERY_NMI)):
         lapic.regs[register : register + 4] = mode.to_bytes(4, "little")
     vcpu.set_lapic(lapic)
+
+
+def enable_extended_states(vcpu: VCPU) -> None:
+    """What firmware leaves behind: XCR0 with every state the processor has, which INIT keeps.
+
+    Linux sets it anyway. But a KVM on a processor whose SVM does not intercept XSETBV (QEMU 7.2's emulation of one)
+    would never learn of that, and give the guest the XCR0 it knows of back after each exit.
+    """
+    states = next((leaf.eax for leaf in vcpu.get_cpuid2() if (leaf.function, leaf.index) == (0xD, 0)), 0)
+    if states:
+        xcrs = Xcrs(nr_xcrs=1)
+        xcrs.xcrs[0].xcr, xcrs.xcrs[0].value = 0, states
+        vcpu.set_xcrs(xcrs)
 
 
 def give_pics_their_vectors(vm: VM) -> None:

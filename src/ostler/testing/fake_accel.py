@@ -35,6 +35,7 @@ from ostler.accel.api import (
     Sregs,
     SystemEvent,
     Translation,
+    Xcrs,
 )
 from ostler.accel.models import model
 
@@ -128,6 +129,7 @@ class FakeVcpu:
         self.id = vcpu_id
         self.exit = _View()
         self.regs, self.sregs, self.lapic = Regs(), Sregs(), LapicState()
+        self.xcrs = Xcrs()
         self.cpuid: list[CpuidEntry2] = []
         self.msrs: dict[int, int] = {}
         self.runs = 0
@@ -194,6 +196,12 @@ class FakeVcpu:
 
     def set_cpuid2(self, entries: Sequence[CpuidEntry2]) -> None:
         self.cpuid = list(entries)
+
+    def get_cpuid2(self) -> list[CpuidEntry2]:
+        return self.cpuid
+
+    def set_xcrs(self, xcrs: Xcrs) -> None:
+        self.xcrs = xcrs
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
         self.msrs.update(values)

@@ -56,6 +56,7 @@ def test_machine_creates_chips_before_processors_and_registers_memory() -> None:
         assert all(vcpu.cpuid for vcpu in accel.vm.vcpus)
         assert [accel.vm.chips[chip_id].chip.pic.irq_base for chip_id in (0, 1)] == [0x08, 0x70]
         assert accel.vm.vcpus[2].lapic.regs[0x351] == 0x07
+        assert all(vcpu.xcrs.xcrs[0].value == 0b11 for vcpu in accel.vm.vcpus)
     assert accel.vm.closed
 
 
