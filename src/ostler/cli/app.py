@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ostler.cli import doctor, kernels, run
+from ostler.cli import doctor, guests, kernels, run
 
 app = typer.Typer(
     name="ostler",
@@ -16,6 +16,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.command)
+for command in guests.COMMANDS:
+    app.command()(command)
 app.command("doctor")(doctor.command)
 app.add_typer(kernels.app, name="kernel")
 

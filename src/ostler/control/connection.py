@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,6 +19,17 @@ RECEIVE_BYTES = 64 << 10
 
 class ConnectionLost(Exception):
     """The VM process closed the connection: as a rule, because the guest has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Console:
+    """An attached console; close the socket to leave it."""
+
+    socket: socket.socket
+    backlog: bytes
+    """What was said before."""
+    first: bytes
+    """What was said since, as far as it has come; the rest is in the socket."""
 
 
 class Connection:
@@ -70,6 +82,9 @@ class Connection:
     def events(self, *, timeout_s: float | None = None) -> Iterator[Message]:
         """What happens to the guest, from now to its end. Raises TimeoutError when nothing does for so long."""
         self.request("events")
+        return self._events(timeout_s)
+
+    def _events(self, timeout_s: float | None) -> Iterator[Message]:
         self._socket.settimeout(timeout_s)
         while True:
             try:
@@ -79,16 +94,16 @@ class Connection:
             if "event" in message:
                 yield message
 
-    def console(self, *, backlog_bytes: int = 0) -> tuple[socket.socket, bytes]:
-        """Turn the connection into the console's bytes, both ways: the socket, and what has already come.
-
-        The caller owns the socket from then on.
-        """
-        self.request("console", backlog_bytes=backlog_bytes)
+    def console(self, *, backlog_bytes: int = 0) -> Console:
+        """Turn the connection into the console's bytes, both ways. The caller owns the result from then on."""
+        reply = self.request("console", backlog_bytes=backlog_bytes)
+        waiting, backlog = int(reply["backlog_bytes"]), self._decoder.rest()
+        while len(backlog) < waiting and (data := self._socket.recv(RECEIVE_BYTES)):
+            backlog += data
         self._socket.settimeout(None)
         taken = self._socket.dup()
         self._socket.close()
-        return taken, self._decoder.rest()
+        return Console(taken, backlog[:waiting], backlog[waiting:])
 
     def _receive(self) -> Message:
         try:

@@ -20,7 +20,7 @@ from ostler.vmm.console import CONGESTED_BYTES, FLUSH_DELAY_NS, TAIL_BYTES, WAIT
 from ostler.vmm.loop import EventLoop
 
 LOG_BYTES = 4 << 20
-CLIENT_BYTES = 1 << 20
+CLIENT_BYTES = 8 << 20
 TYPED_BYTES = 16 << 10
 READ_BYTES = 4096
 
@@ -125,13 +125,16 @@ class HubConsole:
     def connect(self, serial: Serial, on_quit: Callable[[], None]) -> None:  # noqa: ARG002 - nobody has keys here
         self._serial = serial
 
-    def attach(self, connection: socket.socket, *, backlog_bytes: int, typed: bytes) -> None:
-        """Take over a client's connection: from now on it is the console."""
+    def backlog(self, size_bytes: int) -> bytes:
+        """The end of what has been said, up to now."""
         self.flush()
+        return self._log.tail(size_bytes)
+
+    def attach(self, connection: socket.socket, *, backlog: bytes, typed: bytes) -> None:
+        """Take over a client's connection, right after `backlog` was taken: from now on it is the console."""
         client = AttachedClient(connection, self._loop, self)
         self._clients[client.fd] = client
-        if backlog := self._log.tail(backlog_bytes):
-            client.send(backlog)
+        client.send(backlog)
         if typed:
             self.type(typed)
         client.start()

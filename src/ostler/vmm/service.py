@@ -142,8 +142,9 @@ class GuestService:
 
     def _console(self, connection: Connection, number: object, arguments: Message) -> None:
         backlog = int(_number_of(arguments, "backlog_bytes", 0, LOG_BYTES))
-        taken, typed = connection.release({"id": number, "ok": {}})
-        self._hub.attach(taken, backlog_bytes=backlog, typed=typed)
+        said = self._hub.backlog(backlog)
+        taken, typed = connection.release({"id": number, "ok": {"backlog_bytes": len(said)}})
+        self._hub.attach(taken, backlog=said, typed=typed)
 
 
 def _number_of(arguments: Message, name: str, default: float, limit: float) -> float:

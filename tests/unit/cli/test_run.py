@@ -22,7 +22,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def fetch(name: str, progress: object) -> Kernel:
         assert progress is silent
         names.append(name)
-        return Kernel(name, "6.0", "6.0-1", Path("/cache") / name, Path("/config"), (), "linux-image", "0")
+        return Kernel(name, "6.0", "6.0-1", Path("/cache") / name, Path("/config"), (), Path("/cache/p.deb"), "0")
 
     monkeypatch.setattr(kernels, "fetch", fetch)
     monkeypatch.setattr(initrd, "busybox", lambda kernel, _: Path("/cache/initrd") / kernel.name)

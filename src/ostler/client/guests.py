@@ -1,0 +1,151 @@
+"""This user's guests as a client sees them: listed, described, paused, stopped, waited for, removed.
+
+A guest is reached by its control socket. One that ends in the middle of a request has done so: whoever asked gets to
+know how, not that a connection was lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ostler.control import runtime
+from ostler.control.connection import Connection, ConnectionLost
+from ostler.control.runtime import Entry
+from ostler.errors import GuestNotFound, HostError, OstlerError
+
+LOOK_TIMEOUT_S = 2.0
+DEFAULT_GRACE_S = 30.0
+BACKLOG_BYTES, RECEIVE_BYTES = 4 << 20, 64 << 10
+# How long a VM process may take to put its things away after it has told everyone of the end.
+TIDY_S, TIDY_SLICE_S = 10.0, 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One line of `ostler ps`."""
+
+    name: str
+    state: str
+    """running, paused, unreachable, ended, died"""
+    image: str
+    command: tuple[str, ...]
+    created: float
+    """Seconds since 1970."""
+    status: int | None
+    """Exit status of one that has ended."""
+    reason: str
+    ports: tuple[str, ...]
+
+
+def summaries() -> list[Summary]:
+    """All guests, oldest first."""
+    return [summary(entry) for entry in runtime.entries()]
+
+
+def summary(entry: Entry) -> Summary:
+    """What is to be said of a guest in one line."""
+    facts, end = entry.facts, {}
+    if entry.is_running():
+        state = _state(entry)
+    else:
+        end = entry.end
+        state = "ended" if end else "died"
+    return Summary(
+        name=entry.name,
+        state=state,
+        image=str(facts.get("image") or "-"),
+        command=tuple(str(word) for word in facts.get("command", ())),
+        created=float(facts.get("created", 0)),
+        status=end.get("status"),
+        reason=str(end.get("reason", "")),
+        ports=tuple(str(port) for port in facts.get("ports", ())),
+    )
+
+
+def request(entry: Entry, op: str, *, timeout_s: float | None = 30.0, **arguments: object) -> dict[str, Any]:
+    """One request of a running guest. Raises GuestNotFound where it has ended, HostError where it does not answer."""
+    try:
+        with Connection.to(entry) as connection:
+            return connection.request(op, timeout_s=timeout_s, **arguments)
+    except TimeoutError as error:
+        raise HostError(f"guest {entry.name!r}: no answer to {op!r} within {timeout_s:g} s") from error
+    except ConnectionLost as error:
+        raise GuestNotFound(f"guest {entry.name!r}: has ended") from error
+
+
+def stop(entry: Entry, *, grace_s: float = DEFAULT_GRACE_S) -> dict[str, Any]:
+    """Shut the guest down, by its power button, and kill it after the grace period.
+
+    Returns its end. One that has ended already stays as it is.
+    """
+    return _ending(entry, "stop", timeout_s=grace_s + TIDY_S, grace_s=grace_s)
+
+
+def kill(entry: Entry) -> dict[str, Any]:
+    """End the guest at once; returns its end."""
+    return _ending(entry, "kill", timeout_s=TIDY_S)
+
+
+def wait(entry: Entry, *, timeout_s: float | None = None) -> dict[str, Any]:
+    """Wait for the guest's end and return it. Raises HostError after the time-out."""
+    return _ending(entry, "wait", timeout_s=timeout_s)
+
+
+def remove(entry: Entry, *, force: bool = False) -> None:
+    """Forget a guest that has ended; with `force`, kill it first."""
+    if force and entry.is_running():
+        kill(entry)
+    runtime.remove(entry)
+
+
+def follow_console(entry: Entry, *, lines: int | None, follow: bool) -> Iterator[bytes]:
+    """The console's log, from its last `lines` on, and with `follow` what comes until the guest ends."""
+    if follow:
+        with contextlib.suppress(GuestNotFound), Connection.to(entry) as connection:
+            console = connection.console(backlog_bytes=BACKLOG_BYTES)
+            with console.socket as stream:
+                yield _last_lines(console.backlog, lines) + console.first
+                while data := stream.recv(RECEIVE_BYTES):
+                    yield data
+            return
+    kept = b""
+    for path in (entry.console_log.with_name(entry.console_log.name + ".1"), entry.console_log):
+        with contextlib.suppress(FileNotFoundError):
+            kept += path.read_bytes()
+    yield _last_lines(kept, lines)
+
+
+def _last_lines(data: bytes, lines: int | None) -> bytes:
+    return data if lines is None else b"".join(data.splitlines(keepends=True)[-lines:] if lines else [])
+
+
+def _state(entry: Entry) -> str:
+    try:
+        with Connection.to(entry, timeout_s=LOOK_TIMEOUT_S) as connection:
+            return str(connection.request("status", timeout_s=LOOK_TIMEOUT_S)["state"])
+    except GuestNotFound:
+        return "starting" if not entry.control_socket.exists() else "unreachable"
+    except (OSError, OstlerError, ConnectionLost):
+        return "unreachable"
+
+
+def _ending(entry: Entry, op: str, *, timeout_s: float | None, **arguments: object) -> dict[str, Any]:
+    end: dict[str, Any] = {}
+    # That it has ended meanwhile is what was asked for.
+    with contextlib.suppress(GuestNotFound):
+        end = request(entry, op, timeout_s=timeout_s, **arguments)
+    await_gone(entry)
+    return end or entry.end or {"status": 1, "reason": "died", "message": "its VM process was killed"}
+
+
+def await_gone(entry: Entry) -> None:
+    """Wait until the VM process has put its things away. Raises HostError for one that does not."""
+    deadline = time.monotonic() + TIDY_S
+    while entry.is_running():
+        if time.monotonic() > deadline:
+            raise HostError(f"guest {entry.name!r}: its VM process has not ended within {TIDY_S:g} s")
+        time.sleep(TIDY_SLICE_S)
