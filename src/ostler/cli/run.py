@@ -66,6 +66,10 @@ def command(  # noqa: PLR0913 - one parameter per option
     cpu: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Processor model.", autocompletion=_complete_cpu)
     ] = None,
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[,ro][,overlay][,serial=TEXT]", help="A disk, raw; repeatable."),
+    ] = None,
     accel: Annotated[str, typer.Option(metavar="auto|kvm|soft", help="What runs the processors.")] = "auto",
     timing: Annotated[bool, typer.Option("--timing", help="Say how long each phase took.")] = False,  # noqa: FBT002
     test_devices: Annotated[bool, typer.Option("--test-devices", hidden=True)] = False,  # noqa: FBT002
@@ -83,7 +87,7 @@ def command(  # noqa: PLR0913 - one parameter per option
     # Judged before the kernel is there, which may take a while to fetch.
     spec = parse_guest(
         kernel=kernel or os.devnull, initrd=initrd, append=append or "", memory=memory, cpus=cpus, cpu=cpu,
-        accel=accel, test_devices=test_devices,
+        accel=accel, disks=disk, test_devices=test_devices,
     )  # fmt: skip
     with progress.shown() as shown:
         spec = with_material(spec, image=image, kernel=kernel, append=append, progress=shown)

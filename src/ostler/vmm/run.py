@@ -27,6 +27,7 @@ from ostler.boot.load import read_file, read_kernel
 from ostler.config import GuestSpec
 from ostler.devices.wiring import PowerEvent
 from ostler.errors import OstlerError
+from ostler.machine import peripherals
 from ostler.machine.board import Wiring
 from ostler.machine.machine import Machine
 from ostler.vmm.console import ConsoleFactory, InputFilter, on_descriptors
@@ -126,7 +127,8 @@ class GuestProcess:
                 add_reader=self.loop.add_reader,
                 remove_reader=self.loop.remove_reader,
             )
-            self.machine = undo.enter_context(Machine(spec, opened, wiring))
+            functions = peripherals.build(spec, undo)
+            self.machine = undo.enter_context(Machine(spec, opened, wiring, functions=functions))
             self.processors = [
                 Processor(vcpu, self.machine.board, self.console.output, self._outcome) for vcpu in self.machine.vcpus
             ]

@@ -5,7 +5,8 @@ or threads. The transport calls it under the board's lock: `activate` when the d
 DRIVER_OK, `kicked` when it notified a queue, `reset` when it starts anew. A back end that
 completes later calls the device on the event loop's thread, under the same lock.
 
-A kick may come for an empty queue, and one kick may stand for several: drain the queue, then `flush` once.
+A kick may come for an empty queue, and one kick may stand for several: drain the queue, then `flush` once. A device
+that has served a ring's worth of chains and finds more leaves them for `kick_again`, so that the loop gets on.
 QueueError may leave `kicked` and `activate`; elsewhere a device hands it to `broken`.
 """
 
@@ -28,6 +29,10 @@ def _unconnected_error(error: QueueError) -> None:
     raise error
 
 
+def _unconnected_kick(index: int) -> None:
+    """Nobody to come back: tests without a transport kick by themselves."""
+
+
 class VirtioDevice(ABC):
     """One device behind a transport."""
 
@@ -44,6 +49,8 @@ class VirtioDevice(ABC):
         """Raises a configuration-change interrupt; set by the transport."""
         self.broken: Callable[[QueueError], None] = _unconnected_error
         """Stops the device until the driver resets it; set by the transport."""
+        self.kick_again: Callable[[int], None] = _unconnected_kick
+        """Have `kicked` called once more, in a later round of the event loop; set by the transport."""
 
     @abstractmethod
     def activate(self, queues: Sequence[Virtqueue], features: int) -> None:

@@ -94,6 +94,7 @@ class VirtioPci:
         self._state = TransportState()
         self._vectors = [abi.VIRTIO_MSI_NO_VECTOR] * self._queue_count
         self._doorbells = [wiring.new_doorbell(self._ringer(index)) for index in range(self._queue_count)]
+        device.kick_again = self._kick_again
         self._was_master = False
 
     # -- events -----------------------------------------------------------------------------------
@@ -104,6 +105,9 @@ class VirtioPci:
                 self.core.kick(index)
 
         return rung
+
+    def _kick_again(self, index: int) -> None:
+        self._doorbells[index].ring()
 
     def _queue_event(self, index: int) -> None:
         if self.msix.enabled:

@@ -1,0 +1,254 @@
+"""The virtio block device, virtio 1.2 section 5.2.
+
+Requests are served in the order of their queue; data moves between the disk and guest memory without a copy.
+What the disk refuses is VIRTIO_BLK_S_IOERR, what the device does not know VIRTIO_BLK_S_UNSUPP; a chain without room for
+header and status is no request at all and stops the device.
+
+Without VIRTIO_BLK_F_FLUSH, or while the driver has switched the write cache off, every write is on stable
+storage before it is answered.
+
+Left out on purpose: geometry (nobody asks), secure erase, zones, lifetime information.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ostler.abi.virtio import blk as abi
+from ostler.abi.virtio.common import DeviceId
+from ostler.devices.state import Saved, load, save, uint
+from ostler.devices.virtio.device import VirtioDevice, read_field
+from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
+
+QUEUE_SIZE = 256
+# Header and status go into every chain; the rest may be data.
+SEG_MAX = QUEUE_SIZE - 2
+BLOCK_BYTES, PHYSICAL_EXPONENT, OPTIMAL_BLOCKS = 512, 3, 256
+# A discard may cover the whole disk at once, in ranges of less than 2 GiB.
+MAX_RANGE_SECTORS, MAX_RANGES = (1 << 22) - 1, 256
+DISCARD_ALIGN_SECTORS = 8
+OK, IOERR, UNSUPP = (bytes([status]) for status in (0, 1, 2))
+
+
+class Disk(Protocol):
+    """What a block device works on; `ostler.backends.disk` has it in full. Every method may raise OSError."""
+
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def read_only(self) -> bool: ...
+    @property
+    def serial(self) -> str: ...
+    def readv(self, offset: int, views: Sequence[memoryview]) -> None: ...
+    def writev(self, offset: int, views: Sequence[memoryview]) -> None: ...
+    def flush(self) -> None: ...
+    def discard(self, offset: int, size: int) -> None: ...
+    def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None: ...
+
+
+@dataclass(slots=True)
+class BlkState:
+    """What a driver can write."""
+
+    writeback: int = uint(1, 1)
+
+
+class Unsupported(Exception):
+    """A request with parts this device does not know."""
+
+
+class Block(VirtioDevice):
+    """A disk with `queue_count` request queues."""
+
+    device_type = DeviceId.BLOCK
+
+    def __init__(self, disk: Disk, *, queue_count: int = 1) -> None:
+        super().__init__()
+        self.disk = disk
+        self.queue_sizes = (QUEUE_SIZE,) * queue_count
+        self.features = _features(read_only=disk.read_only)
+        self.io_errors = 0
+        """Requests the disk refused."""
+        self._state = BlkState()
+        self._queues: Sequence[Virtqueue] = ()
+        self._write_through = False
+        self._negotiated = 0
+        self._operations = {
+            abi.VIRTIO_BLK_T_IN: self._read,
+            abi.VIRTIO_BLK_T_OUT: self._write,
+            abi.VIRTIO_BLK_T_FLUSH: self._flush,
+            abi.VIRTIO_BLK_T_GET_ID: self._get_id,
+            abi.VIRTIO_BLK_T_DISCARD: self._discard,
+            abi.VIRTIO_BLK_T_WRITE_ZEROES: self._write_zeroes,
+        }
+
+    # -- the transport's calls --------------------------------------------------------------------
+
+    def activate(self, queues: Sequence[Virtqueue], features: int) -> None:
+        self._queues = queues
+        self._negotiated = features
+        self._choose_cache()
+
+    def kicked(self, index: int) -> None:
+        queue = self._queues[index]
+        # One kick is worth a full ring: a driver that never stops must not keep the event loop for itself.
+        for _ in range(queue.size):
+            chain = queue.pop()
+            if chain is None:
+                break
+            queue.push(chain, self._serve(chain))
+        else:
+            self.kick_again(index)
+        queue.flush()
+
+    def reset(self) -> None:
+        self._queues = ()
+        self._negotiated = 0
+        self._state = BlkState()
+
+    def read_config(self, offset: int, size: int) -> int:
+        return read_field(self._config(), offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        if (offset, size) == (abi.WRITEBACK_OFFSET, 1) and self._negotiated >> abi.VIRTIO_BLK_F_CONFIG_WCE & 1:
+            self._state.writeback = value & 1
+            self._choose_cache()
+
+    def resized(self) -> None:
+        """The disk has grown: the driver is told to look at the capacity again."""
+        self.config_changed()
+
+    def save(self) -> Saved:
+        return save(self._state)
+
+    def restore(self, data: Mapping[str, object]) -> None:
+        self._state = load(BlkState, "block device", data)
+
+    def _choose_cache(self) -> None:
+        has_flush = self._negotiated >> abi.VIRTIO_BLK_F_FLUSH & 1
+        self._write_through = not (has_flush and self._state.writeback)
+
+    def _config(self) -> bytes:
+        return abi.CONFIG.pack(
+            self.disk.size_bytes // abi.SECTOR_BYTES, 0, SEG_MAX, 0, 0, 0, BLOCK_BYTES,
+            PHYSICAL_EXPONENT, 0, 1 << PHYSICAL_EXPONENT, OPTIMAL_BLOCKS, self._state.writeback,
+            len(self.queue_sizes), MAX_RANGE_SECTORS, MAX_RANGES, DISCARD_ALIGN_SECTORS,
+            MAX_RANGE_SECTORS, MAX_RANGES, 1,
+        )  # fmt: skip
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def _serve(self, chain: Chain) -> int:
+        """Answer one request; returns the bytes written to the guest. Raises QueueError."""
+        if chain.readable_bytes < abi.REQUEST.size or not chain.writable_bytes:
+            raise QueueError(f"block request of {chain.readable_bytes} readable, {chain.writable_bytes} writable bytes")
+        kind, _priority, sector = abi.REQUEST.unpack(_head(chain))
+        data, status = _split_status(chain)
+        operation = self._operations.get(kind)
+        try:
+            if operation is None:
+                raise Unsupported
+            operation(chain, data, sector)
+            status[:] = OK
+        except Unsupported:
+            status[:] = UNSUPP
+        except OSError:
+            self.io_errors += 1
+            status[:] = IOERR
+        # The status is the last byte, so all of it counts as written.
+        return chain.writable_bytes
+
+    def _read(self, chain: Chain, data: list[memoryview], sector: int) -> None:
+        self.disk.readv(self._checked(sector, chain.writable_bytes - 1), data)
+
+    def _write(self, chain: Chain, data: list[memoryview], sector: int) -> None:  # noqa: ARG002 - it has none
+        offset = self._checked(sector, chain.readable_bytes - abi.REQUEST.size)
+        if self.disk.read_only:
+            raise OSError("write to a read-only disk")
+        self.disk.writev(offset, _payload(chain))
+        if self._write_through:
+            self.disk.flush()
+
+    def _flush(self, chain: Chain, data: list[memoryview], sector: int) -> None:  # noqa: ARG002
+        self.disk.flush()
+
+    def _get_id(self, chain: Chain, data: list[memoryview], sector: int) -> None:  # noqa: ARG002
+        """The serial, padded with zeroes to 20 bytes; none behind it if it fills them."""
+        serial = self.disk.serial.encode("ascii", "replace")[: abi.VIRTIO_BLK_ID_BYTES]
+        if chain.writable_bytes - 1 < abi.VIRTIO_BLK_ID_BYTES:
+            raise Unsupported
+        left = memoryview(serial.ljust(abi.VIRTIO_BLK_ID_BYTES, b"\0"))
+        for view in data:
+            part = left[: len(view)]
+            view[: len(part)] = part
+            left = left[len(part) :]
+
+    def _discard(self, chain: Chain, data: list[memoryview], sector: int) -> None:  # noqa: ARG002
+        for offset, size, _unmap in self._ranges(chain, known_flags=0):
+            self.disk.discard(offset, size)
+
+    def _write_zeroes(self, chain: Chain, data: list[memoryview], sector: int) -> None:  # noqa: ARG002
+        for offset, size, unmap in self._ranges(chain, known_flags=abi.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP):
+            self.disk.write_zeroes(offset, size, unmap=unmap)
+        if self._write_through:
+            self.disk.flush()
+
+    def _ranges(self, chain: Chain, *, known_flags: int) -> list[tuple[int, int, bool]]:
+        """Offset, size and unmap flag of each range; all are checked before any is touched."""
+        size = chain.readable_bytes - abi.REQUEST.size
+        if not size or size % abi.RANGE.size or size > MAX_RANGES * abi.RANGE.size:
+            raise Unsupported
+        ranges = list(abi.RANGE.iter_unpack(chain.read()[abi.REQUEST.size :]))
+        if any(flags & ~known_flags for _, _, flags in ranges):
+            raise Unsupported
+        if self.disk.read_only or any(count > MAX_RANGE_SECTORS for _, count, _ in ranges):
+            raise OSError("not a range of a disk that can be written")
+        return [
+            (self._checked(sector, count * abi.SECTOR_BYTES), count * abi.SECTOR_BYTES, bool(flags))
+            for sector, count, flags in ranges
+        ]
+
+    def _checked(self, sector: int, size_bytes: int) -> int:
+        """The offset in bytes. Raises OSError for what is not whole sectors inside the disk."""
+        offset = sector * abi.SECTOR_BYTES
+        if size_bytes % abi.SECTOR_BYTES or offset + size_bytes > self.disk.size_bytes:
+            raise OSError(f"{size_bytes} bytes at sector {sector}: not inside the disk")
+        return offset
+
+
+def _features(*, read_only: bool) -> int:
+    bits = {
+        abi.VIRTIO_BLK_F_SEG_MAX,
+        abi.VIRTIO_BLK_F_BLK_SIZE,
+        abi.VIRTIO_BLK_F_FLUSH,
+        abi.VIRTIO_BLK_F_TOPOLOGY,
+        abi.VIRTIO_BLK_F_CONFIG_WCE,
+        abi.VIRTIO_BLK_F_MQ,
+    }
+    bits |= {abi.VIRTIO_BLK_F_RO} if read_only else {abi.VIRTIO_BLK_F_DISCARD, abi.VIRTIO_BLK_F_WRITE_ZEROES}
+    return sum(1 << bit for bit in bits)
+
+
+def _head(chain: Chain) -> bytes | memoryview:
+    """The request header, which drivers put into a part of its own and need not."""
+    first = chain.readable[0]
+    return first if len(first) == abi.REQUEST.size else chain.read(abi.REQUEST.size)
+
+
+def _payload(chain: Chain) -> list[memoryview]:
+    """The readable parts behind the header."""
+    skip, parts = abi.REQUEST.size, chain.readable
+    while parts and skip >= len(parts[0]):
+        skip -= len(parts[0])
+        parts = parts[1:]
+    return [parts[0][skip:], *parts[1:]] if skip else parts
+
+
+def _split_status(chain: Chain) -> tuple[list[memoryview], memoryview]:
+    """The writable parts without their last byte, and that byte."""
+    *data, last = chain.writable
+    if len(last) > 1:
+        data.append(last[:-1])
+    return data, last[-1:]
