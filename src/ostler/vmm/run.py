@@ -15,6 +15,7 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from typing import Self
 
 from ostler import accel
 from ostler.accel.api import Accel
+from ostler.backends.loop import Host
 from ostler.boot.kernel import Kernel, Protocol
 from ostler.boot.load import read_file, read_kernel
 from ostler.config import GuestSpec
@@ -110,7 +112,11 @@ def command_line(append: str, kernel: Kernel) -> str:
 class GuestProcess:
     """A machine, its threads and its loop, alive together; a context manager."""
 
-    def __init__(self, spec: GuestSpec, opened: Accel, make_console: ConsoleFactory) -> None:
+    def __init__(
+        self, spec: GuestSpec, opened: Accel, make_console: ConsoleFactory, *, folder: Path | None = None
+    ) -> None:
+        """`folder` is where the guest's sockets are. Raises OstlerError for what it cannot be made of."""
+        self.report: Callable[[str, str], None] = _log_trouble
         self.lock = threading.Lock()
         self._outcome = Outcome()
         self.is_paused = False
@@ -127,7 +133,9 @@ class GuestProcess:
                 add_reader=self.loop.add_reader,
                 remove_reader=self.loop.remove_reader,
             )
-            functions = peripherals.build(spec, undo)
+            host = Host(self.loop, self.lock)
+            around = peripherals.Surroundings(host, folder, self._report)
+            functions = peripherals.build(spec, undo, around)
             self.machine = undo.enter_context(Machine(spec, opened, wiring, functions=functions))
             self.processors = [
                 Processor(vcpu, self.machine.board, self.console.output, self._outcome) for vcpu in self.machine.vcpus
@@ -211,6 +219,10 @@ class GuestProcess:
         vcpu = self.machine.vcpus[end.vcpu or 0]
         raise crash_error(end, vcpu, self.machine.memory, self.console.tail)
 
+    def _report(self, device: str, text: str) -> None:
+        # Looked up at the time: whoever listens comes after the devices.
+        self.report(device, text)
+
     def _power(self, event: PowerEvent, code: int = 0) -> None:
         """A device ends the run; called in the thread of the processor that did it."""
         if event not in POWER_ENDS:
@@ -228,3 +240,8 @@ class GuestProcess:
         # A processor that would not stop still uses the memory: leaving it mapped is the lesser evil.
         if not any(processor.is_alive for processor in self.processors):
             self._resources.close()
+
+
+def _log_trouble(device: str, text: str) -> None:
+    """A device's trouble, where nobody else listens for it."""
+    print(f"ostler: {device}: {text}", file=sys.stderr)  # noqa: T201

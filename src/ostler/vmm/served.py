@@ -93,7 +93,7 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
             hubs.append(HubConsole(log, *arguments))  # type: ignore[arg-type]
             return hubs[0]
 
-        process = stack.enter_context(GuestProcess(spec, opened, make_console))
+        process = stack.enter_context(GuestProcess(spec, opened, make_console, folder=entry.path))
         server = stack.enter_context(_listen(entry, process))
         facts = {
             "name": entry.name,
@@ -103,6 +103,7 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
         }
         service = GuestService(process, server, hubs[0], facts)
         server.service = service
+        process.report = service.report
         process.machine.load(kernel, initrd=initrd, cmdline=command_line(spec.append, kernel))
         # The unpacked kernel is tens of megabytes, and the guest has its own copy now.
         del kernel, initrd

@@ -7,6 +7,7 @@ agent in the guest is the client's to ask, who speaks its protocol.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,11 @@ class GuestService:
     def announce(self, event: str, **values: object) -> None:
         """Tell whoever listens; on the loop's thread."""
         self._server.broadcast({"event": event, "time": time.time(), **values})
+
+    def report(self, device: str, text: str) -> None:
+        """A device is in trouble: said to whoever listens, and written down. On the loop's thread."""
+        print(f"{device}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        self.announce("device", device=device, message=text)
 
     def ended(self, end: Message) -> None:
         """The guest has ended: everyone who waits is told, and everyone who listens."""
