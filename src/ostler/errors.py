@@ -79,3 +79,73 @@ class GuestPanic(GuestCrash):
 
 class GuestStuck(GuestCrash):
     """A vCPU cannot go on: failed entry, internal error of the accelerator."""
+
+
+class AgentError(OstlerError):
+    """The agent inside the guest could not be reached, or could not do what it was asked for."""
+
+
+class AgentUnavailable(AgentError):
+    """No agent answered in time: the guest has none, does not run, or is still starting."""
+
+    exit_status = 125
+
+
+class AgentLost(AgentError):
+    """The connection to the agent ended in the middle of an operation."""
+
+    exit_status = 125
+
+
+class AgentProtocolError(AgentError):
+    """The agent broke its protocol. What a guest sends is never trusted, so the connection is closed."""
+
+    exit_status = 125
+
+
+class AgentRefused(AgentError):
+    """The agent answered that it cannot: no such file, no such user, no space, not supported.
+
+    `code` is the machine-readable reason of docs/agent-protocol.md.
+    """
+
+    def __init__(self, message: str, *, code: str = "failed") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class CommandNotFound(AgentRefused):
+    """The guest has no such command."""
+
+    exit_status = 127
+
+
+class CommandNotExecutable(AgentRefused):
+    """The guest has the file, but it cannot be executed."""
+
+    exit_status = 126
+
+
+class CommandTimeout(AgentError):
+    """The command did not end in time and was killed, with everything it had started.
+
+    `stdout` and `stderr` are what it had said by then.
+    """
+
+    exit_status = 124
+
+    def __init__(self, message: str, *, stdout: bytes = b"", stderr: bytes = b"") -> None:
+        super().__init__(message)
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+_REFUSALS: dict[str, type[AgentRefused]] = {
+    "command-not-found": CommandNotFound,
+    "command-not-executable": CommandNotExecutable,
+}
+
+
+def refused(code: str, message: str) -> AgentRefused:
+    """Return the exception for an agent's reason."""
+    return _REFUSALS.get(code, AgentRefused)(message, code=code)

@@ -1,0 +1,231 @@
+//! Listening: a process for each connection, and the reaping of everybody's orphans.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{accept4, bind, listen, socket, AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
+use nix::unistd::{fork, ForkResult};
+
+use crate::conn::Conn;
+use crate::descend;
+use crate::message::Refusal;
+use crate::power;
+use crate::session::{self, Context};
+use crate::wire::Kind;
+
+/// Where the host looks for the agent.
+pub const VSOCK_PORT: u32 = 1024;
+/// The console port that stands in where there is no vsock.
+pub const CONSOLE_PORT: &str = "org.ostler.agent";
+/// More connections than this at once are turned away.
+const CONNECTIONS: usize = 64;
+/// How often a console port is looked at while no host has it open.
+const PORT_PAUSE: Duration = Duration::from_millis(100);
+/// A console port that has not appeared after so many looks will not.
+const PORT_LOOKS: u32 = 300;
+
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A socket in the file system, for tests.
+    Unix(PathBuf),
+    /// A port of the virtual machine.
+    Vsock(u32),
+    /// A named port of the virtio console.
+    Console(String),
+}
+
+impl Place {
+    /// `unix:PATH`, `vsock`, `vsock:PORT`, `console`, `console:NAME`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (kind, rest) = text.split_once(':').map_or((text, None), |(kind, rest)| (kind, Some(rest)));
+        match (kind, rest) {
+            ("unix", Some(path)) => Some(Self::Unix(path.into())),
+            ("vsock", None) => Some(Self::Vsock(VSOCK_PORT)),
+            ("vsock", Some(port)) => port.parse().ok().map(Self::Vsock),
+            ("console", name) => Some(Self::Console(name.unwrap_or(CONSOLE_PORT).into())),
+            _ => None,
+        }
+    }
+}
+
+/// The agent at work.
+pub struct Server {
+    listeners: Vec<OwnedFd>,
+    console: Option<String>,
+    context: Context,
+    signals: SignalFd,
+    connections: HashSet<i32>,
+    console_process: Option<i32>,
+}
+
+impl Server {
+    /// Opens what is to be listened on. A place that cannot be is an error only if nothing else is left.
+    pub fn open(places: &[Place], context: Context) -> io::Result<Self> {
+        let mut listeners = Vec::new();
+        let mut console = None;
+        let mut trouble = None;
+        for place in places {
+            match place {
+                Place::Console(name) => console = Some(name.clone()),
+                Place::Unix(path) => listeners.push(UnixListener::bind(path)?.into()),
+                Place::Vsock(port) => match open_vsock(*port) {
+                    Ok(fd) => listeners.push(fd),
+                    Err(error) => trouble = Some(error),
+                },
+            }
+        }
+        if listeners.is_empty() && console.is_none() {
+            return Err(trouble.unwrap_or_else(|| io::Error::from(io::ErrorKind::InvalidInput)));
+        }
+        let mut mask = SigSet::empty();
+        for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGPWR] {
+            mask.add(signal);
+        }
+        nix::sys::signal::sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None)?;
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        Ok(Self { listeners, console, context, signals, connections: HashSet::new(), console_process: None })
+    }
+
+    /// Serves until a signal ends it.
+    pub fn run(mut self) -> io::Result<()> {
+        self.start_console();
+        loop {
+            let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+            fds.extend(self.listeners.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+            if self.must_end()? {
+                return Ok(());
+            }
+            for (index, _) in ready[1..].iter().enumerate().filter(|(_, ready)| **ready) {
+                self.accept(index);
+            }
+        }
+    }
+
+    /// Takes signals; true where one of them ends the agent.
+    fn must_end(&mut self) -> io::Result<bool> {
+        while let Some(signal) = self.signals.read_signal()? {
+            if signal.ssi_signo != libc::SIGCHLD as u32 {
+                if self.context.is_init {
+                    power::power_off();
+                }
+                return Ok(true);
+            }
+        }
+        let (connections, console) = (&mut self.connections, &mut self.console_process);
+        descend::reap(|pid, _| {
+            connections.remove(&pid);
+            if *console == Some(pid) {
+                *console = None;
+            }
+        });
+        Ok(false)
+    }
+
+    fn accept(&mut self, index: usize) {
+        let Ok(fd) = accept4(self.listeners[index].as_raw_fd(), SockFlag::SOCK_CLOEXEC) else { return };
+        // SAFETY: accept gave this descriptor to nobody else.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let Ok(mut conn) = Conn::new(fd) else { return };
+        if self.connections.len() >= CONNECTIONS {
+            conn.queue(Kind::Error, 0, b"{\"code\":\"busy\",\"message\":\"agent: too many connections\"}");
+            let _ = conn.flush_some();
+            return;
+        }
+        let context = self.context.clone();
+        let serve = move || session::serve(&mut conn, &context);
+        let child = self.child(serve);
+        self.connections.extend(child);
+    }
+
+    /// Serves the console port in a process that never ends, one host after the other.
+    fn start_console(&mut self) {
+        let Some(name) = self.console.clone() else { return };
+        let context = self.context.clone();
+        self.console_process = self.child(move || serve_port(&name, &context));
+    }
+
+    /// Runs `work` in a child that holds none of the agent's own descriptors.
+    fn child(&mut self, work: impl FnOnce()) -> Option<i32> {
+        // SAFETY: this process has one thread.
+        match unsafe { fork() } {
+            Ok(ForkResult::Child) => {
+                self.listeners.clear();
+                let _ = SigSet::all().thread_unblock();
+                descend::become_reaper();
+                work();
+                std::process::exit(0);
+            }
+            Ok(ForkResult::Parent { child }) => Some(child.as_raw()),
+            Err(error) => {
+                eprintln!("ostler-agent: {}", Refusal::io("fork", &error.into()));
+                None
+            }
+        }
+    }
+}
+
+fn open_vsock(port: u32) -> io::Result<OwnedFd> {
+    let fd = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port))?;
+    listen(&fd, Backlog::new(64)?)?;
+    Ok(fd)
+}
+
+fn serve_port(name: &str, context: &Context) {
+    let mut looks = 0;
+    let path = loop {
+        if let Some(path) = find_port(name) {
+            break path;
+        }
+        looks += 1;
+        if looks > PORT_LOOKS {
+            return;
+        }
+        std::thread::sleep(PORT_PAUSE);
+    };
+    loop {
+        if let Ok(conn) = fs::File::options().read(true).write(true).open(&path).and_then(|file| Conn::new(file.into()))
+        {
+            session::serve(&mut { conn }, context);
+        }
+        std::thread::sleep(PORT_PAUSE);
+    }
+}
+
+/// The device of a named console port. udev would make a link of that name, but there may be no udev.
+fn find_port(name: &str) -> Option<PathBuf> {
+    let folder = fs::read_dir("/sys/class/virtio-ports").ok()?;
+    let found = folder
+        .flatten()
+        .find(|entry| fs::read_to_string(entry.path().join("name")).is_ok_and(|text| text.trim_end() == name))?;
+    Some(Path::new("/dev").join(found.file_name()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_places_are_read() {
+        assert_eq!(Place::parse("vsock"), Some(Place::Vsock(1024)));
+        assert_eq!(Place::parse("unix:/tmp/a:b"), Some(Place::Unix("/tmp/a:b".into())));
+        assert_eq!(Place::parse("console"), Some(Place::Console(CONSOLE_PORT.into())));
+        assert_eq!(Place::parse("tcp:1"), None);
+        assert_eq!(Place::parse("vsock:x"), None);
+    }
+}

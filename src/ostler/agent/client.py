@@ -1,0 +1,342 @@
+"""The host's way to a guest's agent, for ordinary (blocking) code. `ostler.agent.aio` is its asyncio twin.
+
+Each operation has a connection of its own, so a client may be used from several threads, and a slow operation holds
+up no other. Over a single stream (`AgentClient.over`, for a console port) operations follow each other instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from ostler.agent import link, requests, tree
+from ostler.agent.link import Link, Opener
+from ostler.agent.process import CAPTURE_BYTES, Process
+from ostler.agent.protocol import Data, Entry, Failed, Hello, Reply
+from ostler.agent.requests import Argument, Completed, Copied, Grown, Info, Terminal
+from ostler.errors import AgentError, AgentLost, AgentUnavailable, BadRequest, CommandTimeout
+
+ANSWER_S = 60.0
+"""The longest a guest may take over an answer, or over any step of a copy."""
+ATTEMPT_S = 5.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.1
+ENTROPY_BYTES = 64
+UNSENT_BYTES = 1 << 20
+
+_NOT_THERE_YET = (FileNotFoundError, ConnectionError, TimeoutError, BlockingIOError)
+
+
+class AgentClient:
+    """A guest's agent; a context manager."""
+
+    def __init__(self, opener: Opener, *, answer_timeout_s: float = ANSWER_S) -> None:
+        self._opener = opener
+        self._timeout_s = answer_timeout_s
+        self._only: Link | None = None
+        self._freezing: Link | None = None
+        self.hello: Hello | None = None
+
+    @classmethod
+    def connect(
+        cls,
+        vsock_path: str | os.PathLike[str],
+        *,
+        timeout_s: float = ANSWER_S,
+        alive: Callable[[], bool] | None = None,
+    ) -> Self:
+        """Wait until the agent behind a guest's `vsock.sock` answers.
+
+        `alive` is asked between attempts whether waiting still makes sense.
+
+        Raises:
+            AgentUnavailable: it did not answer in time, or `alive` said no.
+        """
+        client = cls(link.vsock(Path(vsock_path)))
+        client.wait(timeout_s, alive=alive)
+        return client
+
+    @classmethod
+    def connect_unix(cls, path: str | os.PathLike[str], *, timeout_s: float = ANSWER_S) -> Self:
+        """The same for an agent that listens on a UNIX socket: `ostler-agent --listen unix:PATH`."""
+        client = cls(link.unix(Path(path)))
+        client.wait(timeout_s)
+        return client
+
+    @classmethod
+    def over(cls, sock: socket.socket, *, timeout_s: float = ANSWER_S) -> Self:
+        """Take over one connected stream; operations follow each other on it."""
+
+        def none(_: float) -> socket.socket:
+            raise ConnectionRefusedError("there is one stream only")
+
+        client = cls(none)
+        client._only = Link(sock)
+        client.hello = client._only.greet(timeout_s)
+        return client
+
+    def wait(self, timeout_s: float, *, alive: Callable[[], bool] | None = None) -> Hello:
+        """Wait until the agent answers; see `connect`."""
+        deadline = time.monotonic() + timeout_s
+        pause_s = FIRST_PAUSE_S
+        while True:
+            left_s = deadline - time.monotonic()
+            try:
+                with contextlib.closing(self._open(min(max(left_s, 0.1), ATTEMPT_S))) as found:
+                    assert found.hello is not None
+                    return found.hello
+            except (*_NOT_THERE_YET, AgentLost, AgentUnavailable) as error:
+                if alive is not None and not alive():
+                    raise AgentUnavailable("agent: the guest ended before its agent answered") from error
+                if time.monotonic() + pause_s >= deadline:
+                    raise AgentUnavailable(f"agent: no answer from the guest within {timeout_s:g} s") from error
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
+
+    def _open(self, timeout_s: float) -> Link:
+        found = Link(self._opener(timeout_s))
+        try:
+            self.hello = found.greet(timeout_s)
+        except BaseException:
+            found.close()
+            raise
+        return found
+
+    @contextlib.contextmanager
+    def _link(self) -> Iterator[Link]:
+        """One connection for one operation."""
+        if self._only is not None:
+            yield self._only
+            return
+        with contextlib.closing(self._reach()) as found:
+            yield found
+
+    def _reach(self) -> Link:
+        if self._only is not None:
+            return self._only
+        try:
+            return self._open(self._timeout_s)
+        except _NOT_THERE_YET as error:
+            raise AgentLost(f"agent: not reachable any more ({error})") from error
+
+    def _call(self, operation: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        with self._link() as connection:
+            return connection.call(operation, dict(arguments or {}), self._timeout_s)
+
+    # Commands
+
+    def start(
+        self,
+        argv: Sequence[Argument],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Argument | None = None,
+        user: str | None = None,
+        tty: Terminal | None = None,
+        timeout_s: float | None = None,
+    ) -> Process:
+        """Start a command.
+
+        Raises:
+            CommandNotFound, CommandNotExecutable: as a shell's 127 and 126.
+            AgentRefused: no such user or folder.
+        """
+        wish = requests.command(argv, stdin=True, env=env, cwd=cwd, user=user, tty=tty, timeout_s=timeout_s)
+        connection = self._reach()
+        try:
+            connection.send(connection.conversation.request("exec", wish))
+            return Process(connection, argv, start_timeout_s=self._timeout_s)
+        except BaseException:
+            if connection is not self._only:
+                connection.close()
+            raise
+
+    def run(
+        self,
+        argv: Sequence[Argument],
+        *,
+        input: bytes | None = None,  # noqa: A002 - subprocess's name
+        env: Mapping[str, str] | None = None,
+        cwd: Argument | None = None,
+        user: str | None = None,
+        timeout_s: float | None = None,
+        limit_bytes: int = CAPTURE_BYTES,
+    ) -> Completed:
+        """Run a command to its end.
+
+        Raises:
+            CommandTimeout: it was killed after `timeout_s`, with everything it had started.
+            AgentError: a stream of more than `limit_bytes`.
+            Also what `start` raises.
+        """
+        process = self.start(argv, env=env, cwd=cwd, user=user, timeout_s=timeout_s)
+        with contextlib.ExitStack() as stack:
+            if self._only is None:
+                stack.callback(process.close)
+            stdout, stderr = process.communicate(input or b"", limit_bytes=limit_bytes)
+        if process.timed_out:
+            raise requests.timed_out(argv, timeout_s, stdout, stderr)
+        return Completed(process.argv, process.wait(), stdout, stderr)
+
+    # Files
+
+    def put(self, source: str | os.PathLike[str], target: str, *, owner: str | None = None) -> Copied:
+        """Copy a file or a folder of the host's into the guest, into `target` where that is a folder there.
+
+        Raises:
+            BadRequest: the source cannot be read.
+            AgentRefused: the guest refused: no space, no folder, read-only.
+        """
+        path = Path(source)
+        name = path.resolve().name
+        wish = {"path": requests.plain("path", target), "name": name, **({"owner": owner} if owner else {})}
+        return self._put(wish, tree.frames(path))
+
+    def put_bytes(self, content: bytes, target: str, *, mode: int = 0o644, owner: str | None = None) -> Copied:
+        """Write a file in the guest."""
+        wish = {"path": requests.plain("path", target), **({"owner": owner} if owner else {})}
+        return self._put(wish, tree.file_frames(content, mode))
+
+    def _put(self, wish: dict[str, Any], frames: Iterator[bytes]) -> Copied:
+        with self._link() as connection:
+            connection.send(connection.conversation.request("put", wish))
+            for frame in frames:
+                connection.send(frame)
+                # Above the limit wait until some is gone; below it only look whether the guest has given up.
+                while connection.unsent_bytes > UNSENT_BYTES:
+                    self._check_early(connection, time.monotonic() + self._timeout_s)
+            while connection.unsent_bytes:
+                self._check_early(connection, time.monotonic() + self._timeout_s)
+            return requests.parse(Copied, connection.answer(self._timeout_s))
+
+    def _check_early(self, connection: Link, deadline: float) -> None:
+        before = connection.unsent_bytes
+        for event in connection.step(deadline):
+            if isinstance(event, Failed):
+                raise event.error
+        if connection.unsent_bytes == before and time.monotonic() >= deadline:
+            raise AgentLost(f"agent: the guest takes nothing for {self._timeout_s:g} s")
+
+    def get(
+        self, source: str, target: str | os.PathLike[str], *, limits: tree.Limits | None = None
+    ) -> Copied:  # fmt: skip
+        """Copy a file or a folder of the guest's to the host, into `target` where that is a folder.
+
+        Set-user-id bits and owners are not kept. Raises HostError where it cannot be written, AgentError beyond
+        `limits`, AgentRefused where the guest has no such file.
+        """
+        name = PurePosixPath(source).name
+        if not name or name == "..":
+            name = "root"
+        with self._link() as connection, tree.Unpacker(Path(target), name, limits) as unpacker:
+            return self._get(connection, source, unpacker)
+
+    def get_bytes(self, source: str, *, limit_bytes: int = CAPTURE_BYTES) -> bytes:
+        """Return the content of a file of the guest's."""
+        with self._link() as connection:
+            collector = tree.Collector(source, limit_bytes)
+            self._get(connection, source, collector)
+            return bytes(collector.content)
+
+    def _get(self, connection: Link, source: str, taker: tree.Taker) -> Copied:
+        connection.send(connection.conversation.request("get", {"path": requests.plain("path", source)}))
+        while True:
+            deadline = time.monotonic() + self._timeout_s
+            events = connection.step(deadline)
+            if not events and time.monotonic() >= deadline:
+                raise AgentLost(f"agent: nothing from the guest for {self._timeout_s:g} s")
+            for event in events:
+                if isinstance(event, Entry):
+                    taker.entry(event.value)
+                elif isinstance(event, Data):
+                    taker.data(event.data)
+                elif isinstance(event, Failed):
+                    raise event.error
+                elif isinstance(event, Reply):
+                    taker.finish()
+                    return requests.parse(Copied, event.value)
+
+    # The guest as a whole
+
+    def info(self) -> Info:
+        """Return what the guest is and how it does."""
+        return requests.parse(Info, self._call("info"))
+
+    def ping(self) -> float:
+        """Return how long an answer takes, in seconds."""
+        started = time.monotonic()
+        self._call("ping")
+        return time.monotonic() - started
+
+    def configure(self, **parts: Any) -> None:
+        """Set hostname, interfaces, routes, dns, search, ssh_keys, mounts; see `requests.configuration`."""
+        self._call("configure", requests.configuration(**parts))
+
+    def shutdown(self, *, reboot: bool = False, grace_s: float = 5.0) -> None:
+        """Ask the guest to power off; returns when it has begun to. Its end is the VM's to report."""
+        mode = "reboot" if reboot else "power-off"
+        self._call("shutdown", {"mode": mode, "grace_ms": round(grace_s * 1000)})
+
+    def set_time(self, unix_ns: int | None = None) -> None:
+        """Set the guest's clock, to the host's if nothing else is said."""
+        self._call("set-time", {"unix_ns": time.time_ns() if unix_ns is None else unix_ns})
+
+    def add_entropy(self) -> None:
+        """Seed the guest's random numbers from the host's."""
+        self._call("entropy", {"hex": secrets.token_hex(ENTROPY_BYTES)})
+
+    def grow_root(self) -> Grown:
+        """Make the guest's root file system as large as its disk."""
+        return requests.parse(Grown, self._call("grow-root"))
+
+    def freeze(self, *, limit_s: float = 30.0) -> None:
+        """Freeze the guest's file systems until `thaw`, or until `limit_s` or this client's end."""
+        if self._freezing is not None:
+            raise BadRequest("freeze: the guest is frozen already")
+        connection = self._reach()
+        try:
+            connection.call("freeze", {"limit_ms": round(limit_s * 1000)}, self._timeout_s)
+        except BaseException:
+            if connection is not self._only:
+                connection.close()
+            raise
+        self._freezing = connection
+
+    def thaw(self) -> None:
+        """Let them go on. Without a freeze by this client, whatever is frozen."""
+        connection, self._freezing = self._freezing, None
+        if connection is None or connection is self._only:
+            self._call("thaw")
+            return
+        with contextlib.closing(connection), contextlib.suppress(AgentLost):
+            connection.call("thaw", {}, self._timeout_s)
+
+    @contextlib.contextmanager
+    def frozen(self, *, limit_s: float = 30.0) -> Iterator[None]:
+        """Freeze for the length of a block."""
+        self.freeze(limit_s=limit_s)
+        try:
+            yield
+        finally:
+            self.thaw()
+
+    def close(self) -> None:
+        """Let go of every connection; a freeze ends, commands that were started keep theirs."""
+        for held in (self._freezing, self._only):
+            if held is not None:
+                held.close()
+        self._freezing = self._only = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+__all__ = ["AgentClient", "AgentError", "CommandTimeout", "Completed", "Copied", "Info", "Process", "Terminal"]
