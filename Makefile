@@ -40,8 +40,11 @@ fuzz: setup ## Random instructions on the host's CPU and on the interpreter, com
 	@tools/fuzz --require-coverage $(FUZZ)
 	@tools/fuzz --mode robust
 
-bench: setup ## Interpreter speed, start to power-off, beside QEMU's TCG where there is one
+bench: setup ## Engine speed, start to power-off, programs in a guest, beside QEMU's TCG and native
+	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap
+	@$(PY) -c 'import matplotlib' 2>/dev/null || $(PY) -m pip install --quiet 'matplotlib>=3.8'
 	@$(PY) -m benches.bench
+	@$(PY) -m benches.workloads --json bench.json --picture bench.png
 
 bars: setup ## Every promised figure, measured for real; takes long
 	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap

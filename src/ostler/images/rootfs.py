@@ -7,6 +7,7 @@ copies it much faster than it unpacks it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -74,6 +75,8 @@ def debian(
 def _bootstrap(release: str, packages: Sequence[str], tree: Path) -> None:
     command = ["mmdebstrap", "--quiet", "--variant=minbase", "--architectures=amd64", "--format=tar"]
     command += [f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT]
+    # Java's packages put links among the manual pages and fail where there is no folder for them.
+    command += ['--essential-hook=mkdir -p "$1/usr/share/man/man1"']
     command += [f"--include={','.join(packages)}", release, "-", "-"]
     sources = "\n".join(apt.host_sources(release)) + "\n"
     with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as given:
@@ -81,7 +84,11 @@ def _bootstrap(release: str, packages: Sequence[str], tree: Path) -> None:
         given.seek(0)
         with subprocess.Popen(command, stdin=given, stdout=subprocess.PIPE, stderr=log) as process:
             assert process.stdout is not None
-            with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+            # Nothing comes where mmdebstrap fails, and its status says so better than an empty archive.
+            with (
+                contextlib.suppress(tarfile.ReadError),
+                tarfile.open(fileobj=process.stdout, mode="r|") as archive,
+            ):
                 archive.extractall(tree, filter=_without_nodes)
             process.stdout.read()
         if process.returncode != 0:
