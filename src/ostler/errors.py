@@ -52,6 +52,10 @@ class ImageError(HostError):
     """Guest material could not be fetched, verified, unpacked or built."""
 
 
+class NoSuchImage(BadRequest):
+    """There is no image of this name, and none can be had under it."""
+
+
 class StateError(OstlerError):
     """Saved state does not validate. It is treated as hostile input, never as a bug of the reader."""
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ostler.cli import doctor, guests, kernels, run
+from ostler.cli import disks, doctor, guests, images, kernels, run
 
 app = typer.Typer(
     name="ostler",
@@ -20,6 +20,8 @@ for command in guests.COMMANDS:
     app.command()(command)
 app.command("doctor")(doctor.command)
 app.add_typer(kernels.app, name="kernel")
+app.add_typer(images.app, name="image")
+app.add_typer(disks.app, name="disk")
 
 
 def _show_version(*, wanted: bool) -> None:

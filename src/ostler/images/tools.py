@@ -109,3 +109,9 @@ def complaint(stderr: str, status: int) -> str:
     if any("No space left on device" in line for line in lines):
         return "No space left on device"
     return (errors or lines or [f"ended with status {status} and no message"])[-1].removeprefix("E: ")
+
+
+def complaints(command: Sequence[Argument], *, stdin: bytes) -> str:
+    """Run a program whose exit status says nothing and return its standard error."""
+    done = subprocess.run(command, input=stdin, capture_output=True, env=environment(), check=False)
+    return done.stderr.decode(errors="replace")
