@@ -97,7 +97,7 @@ class GuestSpec(BaseModel):
     """Tagged `share0`, `share1`, … in this order."""
     vsock_cid: Annotated[int, Field(ge=3, le=2**32 - 2)] | None = None
     """None: no vsock device, and so no agent."""
-    rng: bool = False
+    rng: bool = True
     balloon: bool = False
     test_devices: bool = Field(default=False)
     """The ports and memory that kvm-unit-tests look for."""

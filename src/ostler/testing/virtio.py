@@ -190,7 +190,7 @@ class FakeDriver:
         self.config_changes = 0
         self.errors: list[QueueError] = []
         device.config_changed = self._config_changed
-        device.broken = self.errors.append
+        device.broken = self._broken
         self.queues: list[DriverQueue] = []
         self.virtqueues: list[Virtqueue] = []
         base = 0x1000
@@ -214,7 +214,7 @@ class FakeDriver:
         try:
             self.device.kicked(index)
         except QueueError as error:
-            self.errors.append(error)
+            self._broken(error)
 
     def request(self, index: int, readable: Sequence[bytes] = (), writable: Sequence[int] = ()) -> bytes:
         """Send one chain and give back what the device wrote. For devices that answer at once."""
@@ -235,6 +235,10 @@ class FakeDriver:
 
     def _counter(self, number: int) -> _Counter:
         return _Counter(self.interrupts, number)
+
+    def _broken(self, error: QueueError) -> None:
+        # The traceback keeps views of guest memory alive.
+        self.errors.append(error.with_traceback(None))
 
     def _config_changed(self) -> None:
         self.config_changes += 1

@@ -1,0 +1,69 @@
+"""A stock kernel's own virtio drivers find disk and entropy device, and write a file system that the host can read."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ostler.images import initrd, kernels
+from tests.guest.harness import Boot
+
+INIT = b"""#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev /mnt
+/bin/busybox --install -s /bin
+mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs devtmpfs /dev
+for module in $(cat /modules/order); do insmod /modules/$module || echo "FAILED $module"; done
+echo "serial: $(cat /sys/block/vda/serial)"
+mount -t ext4 /dev/vda /mnt && cat /mnt/hello
+dd if=/dev/zero of=/mnt/zeroes bs=1M count=8 conv=fsync 2>/dev/null
+echo "zeroes: $(md5sum </mnt/zeroes)"
+echo from the guest >/mnt/answer
+umount /mnt
+echo x >/dev/vdb 2>/dev/null || echo "vdb: read-only"
+echo "entropy: $(head -c 32 /dev/hwrng | wc -c)"
+grep -c 'PCI-MSI.*virtio' /proc/interrupts
+poweroff -f
+"""
+
+
+def modules(kernel: kernels.Kernel, *wanted: str) -> dict[str, bytes]:
+    """Modules and what they need, and a file with the order to load them in."""
+    tree = kernels.module_tree(kernel) / "lib/modules" / kernel.release
+    needs = {}
+    for line in (tree / "modules.dep").read_text().splitlines():
+        path, _, others = line.partition(":")
+        needs[Path(path).name.partition(".")[0].replace("-", "_")] = [*reversed(others.split()), path]
+    order = list(dict.fromkeys(path for name in wanted for path in needs[name]))
+    files = {f"modules/{Path(path).name}": (tree / path).read_bytes() for path in order}
+    return {**files, "modules/order": "\n".join(Path(path).name for path in order).encode()}
+
+
+@pytest.mark.skipif(not shutil.which("mke2fs"), reason="needs mke2fs")
+def test_stock_drivers_use_disk_and_entropy_device(boot: Boot, tmp_path: Path) -> None:
+    kernel = kernels.fetch("debian-12-cloud")
+    loaded = modules(kernel, "virtio_pci", "virtio_blk", "virtio_rng")
+    ramdisk = initrd.build({"init": INIT, "bin/busybox": initrd.busybox_program().read_bytes(), **loaded})
+    tree, disk, other = tmp_path / "tree", tmp_path / "disk.img", tmp_path / "other.img"
+    tree.mkdir()
+    (tree / "hello").write_text("hello from the host\n")
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "64M"], check=True)
+    other.write_bytes(bytes(1 << 20))
+
+    run = boot(
+        "--kernel", str(kernel.image), "--initrd", str(ramdisk), "--append", "console=ttyS0 loglevel=8",
+        "--disk", f"{disk},serial=first", "--disk", f"{other},ro",
+    )  # fmt: skip
+
+    assert run.status == 0, run.log + run.console[-3000:]
+    assert run.complaints == []
+    for expected in ("serial: first", "hello from the host", "vdb: read-only", "entropy: 32"):
+        assert expected in run.console, run.console[-3000:]
+    assert "zeroes: 96995b58d4cbf6aaa9041b4f00c7f6ae" in run.console
+    assert "FAILED" not in run.console
+    assert "Fatal: No config space access function" not in run.console
+    answer = subprocess.run(["debugfs", "-R", "cat answer", disk], capture_output=True, check=True)
+    assert answer.stdout == b"from the guest\n"
+    assert subprocess.run(["e2fsck", "-fn", disk], capture_output=True, check=False).returncode == 0
