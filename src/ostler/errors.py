@@ -101,6 +101,10 @@ class AgentLost(AgentError):
     exit_status = 125
 
 
+class GuestNotBooted(AgentError):
+    """The guest runs, but did not come to its root file system; its agent says why."""
+
+
 class AgentProtocolError(AgentError):
     """The agent broke its protocol. What a guest sends is never trusted, so the connection is closed."""
 

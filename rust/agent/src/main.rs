@@ -5,6 +5,7 @@
 //! connection is a process, so fork and exec are always safe and a crash ends one connection only.
 
 mod boot;
+mod cmdline;
 mod configure;
 mod conn;
 mod copy_in;
@@ -15,13 +16,16 @@ mod freeze;
 mod info;
 mod late;
 mod message;
+mod modules;
 mod mounts;
 mod netlink;
 mod power;
+mod root;
 mod server;
 mod session;
 mod shares;
 mod spawn;
+mod superblock;
 mod system;
 mod users;
 mod wire;
@@ -49,7 +53,7 @@ fn main() -> ExitCode {
         eprintln!("{USAGE}");
         return ExitCode::from(2);
     };
-    let context = Context { late: Late::default(), is_init: false };
+    let context = Context { late: Late::default(), is_init: false, trouble: None };
     match Server::open(&places, context).and_then(Server::run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -172,7 +172,7 @@ impl Server {
             }
             Ok(ForkResult::Parent { child }) => Some(child.as_raw()),
             Err(error) => {
-                eprintln!("ostler-agent: {}", Refusal::io("fork", &error.into()));
+                crate::boot::complain(&Refusal::io("fork", &error.into()).message);
                 None
             }
         }

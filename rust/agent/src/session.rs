@@ -42,6 +42,8 @@ pub struct Context {
     pub late: Late,
     /// Whether the agent is the guest's first process.
     pub is_init: bool,
+    /// Why the guest did not come to its root file system.
+    pub trouble: Option<String>,
 }
 
 /// Serves a connection until the host ends it or breaks the protocol.
@@ -56,7 +58,7 @@ fn converse(conn: &mut Conn, context: &Context) -> Outcome<()> {
     nix::sys::signal::sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None).map_err(std::io::Error::from)?;
     let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
     let children = SignalFd::with_flags(&mask, flags).map_err(std::io::Error::from)?;
-    if !greet(conn)? {
+    if !greet(conn, context)? {
         return Ok(());
     }
     let mut frozen: Option<Frozen> = None;
@@ -73,7 +75,7 @@ fn converse(conn: &mut Conn, context: &Context) -> Outcome<()> {
 }
 
 /// Exchanges greetings; false where there is nobody to talk to or no common version.
-fn greet(conn: &mut Conn) -> Outcome<bool> {
+fn greet(conn: &mut Conn, context: &Context) -> Outcome<bool> {
     let Some(frame) = conn.recv()? else { return Ok(false) };
     let hello = if frame.kind == Kind::Hello { parse::<Hello>(&frame.payload).ok() } else { None };
     let Some(hello) = hello.filter(|hello| hello.protocol == PROTOCOL) else {
@@ -87,10 +89,11 @@ fn greet(conn: &mut Conn) -> Outcome<bool> {
         return Ok(false);
     }
     let agent = env!("CARGO_PKG_VERSION");
-    conn.send_json(
-        Kind::Hello,
-        &json!({"protocol": PROTOCOL, "version": VERSION, "agent": agent, "features": FEATURES}),
-    )?;
+    let mut hello = json!({"protocol": PROTOCOL, "version": VERSION, "agent": agent, "features": FEATURES});
+    if let Some(trouble) = &context.trouble {
+        hello["trouble"] = trouble.as_str().into();
+    }
+    conn.send_json(Kind::Hello, &hello)?;
     Ok(true)
 }
 

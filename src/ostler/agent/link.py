@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ostler.agent.protocol import VSOCK_PORT, Conversation, Event, Failed, Hello, Reply
-from ostler.errors import AgentLost, AgentProtocolError, AgentUnavailable
+from ostler.errors import AgentLost, AgentProtocolError, AgentUnavailable, GuestNotBooted
 
 CHUNK = 256 * 1024
 ANSWER_BYTES = 64
@@ -90,13 +90,15 @@ class Link:
         return len(self._unsent)
 
     def greet(self, timeout_s: float) -> Hello:
-        """Exchange greetings. Raises AgentUnavailable, AgentLost, AgentProtocolError, AgentRefused (version)."""
+        """Exchange greetings. Raises AgentUnavailable, AgentLost, AgentProtocolError, AgentRefused, GuestNotBooted."""
         self.send(self.conversation.hello())
         for event in self._until(lambda event: isinstance(event, Hello | Failed), timeout_s):
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Hello):
                 self.hello = event
+                if event.trouble is not None:
+                    raise GuestNotBooted(f"guest: {event.trouble}")
         if self.hello is None:
             raise AgentProtocolError("agent did not greet")
         return self.hello

@@ -68,11 +68,12 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The agent answered; `features` are the operations it knows."""
+    """The agent answered; `features` are the operations it knows, `trouble` why the guest has no root file system."""
 
     version: int
     agent: str
     features: frozenset[str]
+    trouble: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +293,9 @@ class Conversation:
         if not isinstance(version, int) or not OLDEST_VERSION <= version <= VERSION:
             raise AgentProtocolError(f"agent speaks version {version!r}: expected {OLDEST_VERSION} to {VERSION}")
         self.phase = self._first_phase()
-        return Hello(version, agent[:MAX_TEXT], frozenset(str(name)[:64] for name in features))
+        trouble = value.get("trouble")
+        shown = _printable(trouble) if isinstance(trouble, str) else None
+        return Hello(version, agent[:MAX_TEXT], frozenset(str(name)[:64] for name in features), shown)
 
     def _reply(self, value: dict[str, Any]) -> Reply:
         if self._operation == "exec":
@@ -369,5 +372,9 @@ def _refusal(value: dict[str, Any]) -> AgentRefused:
     code, message = value.get("code"), value.get("message")
     if not isinstance(code, str) or not isinstance(message, str):
         raise AgentProtocolError(f"agent sent an error {str(value)[:80]!r}: expected code and message")
-    printable = "".join(sign if sign.isprintable() else "?" for sign in message[:MAX_TEXT])
-    return refused(code[:64], printable)
+    return refused(code[:64], _printable(message))
+
+
+def _printable(text: str) -> str:
+    """Return a guest's words as they may be shown on a terminal."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text[:MAX_TEXT])
