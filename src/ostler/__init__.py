@@ -2,14 +2,20 @@
 
 Unmodified operating systems run as guests under Linux KVM or on Ostler's own software CPU, on the same board,
 with the same devices and commands. Everything but that CPU is Python.
+
+    with ostler.VM("debian", memory="512M") as vm:
+        print(vm.run(["uname", "-a"]).text)
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ostler.client.vm import VM as VM
+    from ostler.client.vm import AsyncVM as AsyncVM
+
     __version__: str
 
-__all__ = ["__version__"]
+__all__ = ["VM", "AsyncVM", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +27,10 @@ def __getattr__(name: str) -> Any:
             return version("ostler")
         except PackageNotFoundError:  # run from a source tree that was never installed
             return "0+unknown"
+    if name in {"VM", "AsyncVM"}:
+        from ostler.client import vm
+
+        return getattr(vm, name)
     raise AttributeError(f"module 'ostler' has no attribute {name!r}")
 
 

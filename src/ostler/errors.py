@@ -105,6 +105,25 @@ class GuestNotBooted(AgentError):
     """The guest runs, but did not come to its root file system; its agent says why."""
 
 
+class GuestGone(AgentError):
+    """The guest ended, in order or by force, before what was asked of it was done."""
+
+    exit_status = 125
+
+
+class CommandFailed(OstlerError):
+    """A command in the guest ended with a status that its caller did not expect.
+
+    `returncode` is negative for a signal; `stdout` and `stderr` are all it said.
+    """
+
+    def __init__(self, message: str, *, returncode: int = 1, stdout: bytes = b"", stderr: bytes = b"") -> None:
+        super().__init__(message)
+        self.returncode = returncode
+        self.stdout = stdout
+        self.stderr = stderr
+
+
 class AgentProtocolError(AgentError):
     """The agent broke its protocol. What a guest sends is never trusted, so the connection is closed."""
 

@@ -1,6 +1,8 @@
 """The command line. `main` is the whole contract with the shell: exit status, and one line per error.
 
-0 all is well · 1 the host refused something · 2 a bad request · 3 the guest crashed · 128+n ended by signal n.
+0 all is well · 1 the host refused something · 2 a bad request · 3 the guest crashed · 128+n ended by signal n · and
+where a command was run in a guest, the command's own: 124 timed out, 125 the guest or its agent was lost, 126 not
+executable, 127 not found.
 """
 
 from __future__ import annotations
@@ -13,19 +15,26 @@ import traceback
 def main(arguments: list[str] | None = None) -> None:
     """Run the command that `arguments` (default: the process's own) name, then exit with its status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Where the options end, a "--debug" is the guest command's, not Ostler's.
-    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    sys.exit(_run(arguments, debug="--debug" in own or bool(os.environ.get("OSTLER_DEBUG"))))
+    own, words = _split(arguments)
+    sys.exit(_run(own, words, debug="--debug" in own or bool(os.environ.get("OSTLER_DEBUG"))))
 
 
-def _run(arguments: list[str], *, debug: bool) -> int:
+def _split(arguments: list[str]) -> tuple[list[str], tuple[str, ...] | None]:
+    """Ostler's own arguments, and the guest's command behind `--`, where a "--debug" is not Ostler's."""
+    if arguments[:1] in (["run"], ["exec"]) and "--" in arguments:
+        at = arguments.index("--")
+        return arguments[:at], tuple(arguments[at + 1 :])
+    return arguments, None
+
+
+def _run(arguments: list[str], words: tuple[str, ...] | None, *, debug: bool) -> int:
     import typer
 
     from ostler.cli.app import app
     from ostler.errors import GuestCrash, OstlerError
 
     try:
-        status = app(arguments, prog_name="ostler", standalone_mode=False)
+        status = app(arguments, prog_name="ostler", standalone_mode=False, obj=words)
         sys.stdout.flush()
     except typer.TyperException as error:
         return _complain(error.format_message(), error.exit_code)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ostler.cli import disks, doctor, guests, images, kernels, run
+from ostler.cli import disks, doctor, guests, images, inside, kernels, run
 
 app = typer.Typer(
     name="ostler",
@@ -18,6 +18,8 @@ app = typer.Typer(
 app.command("run")(run.command)
 for command in guests.COMMANDS:
     app.command()(command)
+app.command("exec", context_settings={"allow_interspersed_args": False})(inside.execute)
+app.command("cp")(inside.copy)
 app.command("doctor")(doctor.command)
 app.add_typer(kernels.app, name="kernel")
 app.add_typer(images.app, name="image")

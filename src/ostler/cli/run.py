@@ -1,46 +1,46 @@
-"""`ostler run`: one guest from the command line to its end.
+"""`ostler run`: a guest from the command line, an image's or a kernel's, attached or by itself.
 
 Everything given is text until `ostler.config` has parsed it, so that there is one parser and one kind of complaint.
-Values are judged before anything is fetched, and files before an accelerator is opened: a typing mistake costs no wait.
+A name is an image's unless it is one of the kernels of `ostler kernel ls`, no image in the store has that name, and
+nothing is asked for that only an image has (a command, `-d`).
 """
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from ostler.cli.phases import Phases
-    from ostler.config import GuestSpec
-    from ostler.images.progress import Progress
-    from ostler.vmm import RunResult
+from ostler.cli.inside import Env, Tty, User, Workdir
 
-CONSOLE = "console=ttyS0"
+if TYPE_CHECKING:
+    from ostler.config import GuestRequest
 
 _EXAMPLES = """
-[bold]A shell on Debian 12's kernel:[/bold]  ostler run
+[bold]One command in a throw-away guest:[/bold]  ostler run debian -- python3 -c 'print(6*7)'
 
-[bold]On Debian 13's, with two processors:[/bold]  ostler run debian-13-cloud --cpus 2
+[bold]A shell:[/bold]  ostler run debian
 
-[bold]A report instead of a shell:[/bold]  ostler run </dev/null
+[bold]A service that stays:[/bold]  ostler run -d -p 8080:80 -v ./site:/srv debian -- python3 -m http.server -d /srv 80
 
-[bold]Your own:[/bold]  ostler run --kernel bzImage --initrd my.img --append "console=ttyS0 quiet"
+[bold]From a file:[/bold]  ostler run -f guest.toml     ([italic]ostler schema[/italic] says what it may hold)
 
-[bold]Keys:[/bold]  Ctrl-] q ends the guest at once; Ctrl-] Ctrl-] sends Ctrl-] to it.
+[bold]A shell on Debian 12's kernel alone:[/bold]  ostler run
 
-[bold]Exit status:[/bold]  0 orderly power-off, 1 the host refused something, 2 bad request, 3 the guest crashed.
+[bold]A kernel of your own:[/bold]  ostler run --kernel bzImage --initrd my.img --append "console=ttyS0 quiet"
+
+[bold]Keys on a console:[/bold]  Ctrl-] q ends the guest at once; Ctrl-] Ctrl-] sends Ctrl-] to it.
+
+[bold]Exit status:[/bold]  the command's own; else 0 orderly power-off, 1 the host refused something, 2 bad request,
+3 the guest crashed, 125 the guest was lost, 126 the command is not executable, 127 it is not there.
 """
 
 
 def _complete_image(incomplete: str) -> list[str]:
-    from ostler.images import KERNELS
+    from ostler.images import KERNELS, store
 
-    return [name for name in KERNELS if name.startswith(incomplete)]
+    return [name for name in [*store.names(), *KERNELS] if name.startswith(incomplete)]
 
 
 def _complete_cpu(incomplete: str) -> list[str]:
@@ -49,11 +49,48 @@ def _complete_cpu(incomplete: str) -> list[str]:
     return [name for name in MODELS if name.startswith(incomplete)]
 
 
+Repeated = list[str] | None
+
+
 def command(  # noqa: PLR0913 - one parameter per option
+    context: typer.Context,
     image: Annotated[
-        str | None,
-        typer.Argument(help="A kernel that Ostler fetches; see `ostler kernel ls`.", autocompletion=_complete_image),
+        str | None, typer.Argument(help="An image, or a kernel of `ostler kernel ls`.", autocompletion=_complete_image)
     ] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", metavar="TOML", help="The guest's description.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Let it run by itself; print its name.")] = False,  # noqa: FBT002
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the guest; by default made up.")] = None,
+    remove: Annotated[bool, typer.Option("--rm", help="With -d: leave nothing when it ends.")] = False,  # noqa: FBT002
+    volume: Annotated[
+        Repeated, typer.Option("--volume", "-v", metavar="HOST:GUEST[:ro]", help="Share a folder; repeatable.")
+    ] = None,
+    publish: Annotated[
+        Repeated, typer.Option("--publish", "-p", metavar="[ADDR:]HOST:GUEST[/udp]", help="Forward a port; repeatable.")
+    ] = None,
+    env: Env = None,
+    workdir: Workdir = None,
+    user: User = None,
+    tty: Tty = None,
+    net: Annotated[
+        Repeated, typer.Option(metavar="passt|tap=NAME|bridge=NAME|none", help="A network; repeatable.")
+    ] = None,
+    disk: Annotated[
+        Repeated, typer.Option(metavar="FILE[,ro][,overlay][,format=…][,serial=…]", help="One more disk; repeatable.")
+    ] = None,
+    persist: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Keep the root disk's changes under this name.")
+    ] = None,
+    hostname: Annotated[str | None, typer.Option(metavar="NAME", help="In the guest; by default its name.")] = None,
+    dns: Annotated[Repeated, typer.Option(metavar="ADDRESS", help="A name server; repeatable.")] = None,
+    ssh_key: Annotated[Repeated, typer.Option(metavar="KEY", help="A public key for root; repeatable.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="512M (the default), 2G, …", show_default=False)
+    ] = None,
+    cpus: Annotated[str | None, typer.Option(metavar="N", help="Virtual processors; 1.", show_default=False)] = None,
+    cpu: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Processor model.", autocompletion=_complete_cpu)
+    ] = None,
+    accel: Annotated[str | None, typer.Option(metavar="auto|kvm|soft", help="What runs the processors.")] = None,
     kernel: Annotated[
         str | None, typer.Option(metavar="FILE", help="bzImage, ELF (PVH or 64-bit) or multiboot program.")
     ] = None,
@@ -61,100 +98,49 @@ def command(  # noqa: PLR0913 - one parameter per option
     append: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Kernel command line; without a kernel of yours, added to it.")
     ] = None,
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="Guest memory: 512M, 2G.")] = "512M",
-    cpus: Annotated[str, typer.Option(metavar="N", help="Virtual processors.")] = "1",
-    cpu: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Processor model.", autocompletion=_complete_cpu)
-    ] = None,
-    disk: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE[,ro][,overlay][,serial=TEXT]", help="A disk, raw; repeatable."),
-    ] = None,
-    accel: Annotated[str, typer.Option(metavar="auto|kvm|soft", help="What runs the processors.")] = "auto",
     timing: Annotated[bool, typer.Option("--timing", help="Say how long each phase took.")] = False,  # noqa: FBT002
     test_devices: Annotated[bool, typer.Option("--test-devices", hidden=True)] = False,  # noqa: FBT002
     debug: Annotated[  # noqa: FBT002
         bool, typer.Option("--debug", help="Show tracebacks, registers of a crashed guest, and debug logs.")
     ] = False,
 ) -> None:
-    """Run a guest; its console is standard input and output."""
-    from ostler.cli import logs, progress
-    from ostler.cli.phases import Phases
-    from ostler.config import parse_guest
+    """Run a guest: a command in an image, or a kernel with its console on standard input and output."""
+    from ostler.cli import logs
+    from ostler.config import parse_request
+    from ostler.config.request import read_request
 
     logs.configure(debug=debug)
-    phases = Phases()
-    # Judged before the kernel is there, which may take a while to fetch.
-    spec = parse_guest(
-        kernel=kernel or os.devnull, initrd=initrd, append=append or "", memory=memory, cpus=cpus, cpu=cpu,
-        accel=accel, disks=disk, test_devices=test_devices,
-    )  # fmt: skip
-    with progress.shown() as shown:
-        spec = with_material(spec, image=image, kernel=kernel, append=append, progress=shown)
-    phases.end("fetch")
-    result = run(spec, phases if timing else None)
-    if timing:
-        sys.stderr.write(phases.table() + "\n")
-    raise typer.Exit(result.exit_status)
+    words: tuple[str, ...] | None = context.obj or None
+    given = {
+        "image": image, "kernel": kernel, "initrd": initrd, "append": append, "command": words, "name": name,
+        "hostname": hostname, "memory": memory, "cpus": cpus, "cpu": cpu, "accel": accel, "disks": disk, "nets": net,
+        "ports": publish, "volumes": volume, "env": env, "workdir": workdir, "user": user, "persist": persist,
+        "dns": dns, "ssh_keys": ssh_key, "test_devices": test_devices or None,
+    }  # fmt: skip
+    request = read_request(file, **given) if file else parse_request(**given)
+    if is_kernel_alone(request, detach=detach):
+        from ostler.cli.kernel_run import run_kernel
+
+        raise typer.Exit(run_kernel(request, timing=timing))
+    from ostler.cli.image_run import run_attached, run_detached
+
+    if detach:
+        run_detached(request, remove=remove)
+    else:
+        raise typer.Exit(run_attached(request, tty=tty, timing=timing))
 
 
 command.__doc__ = f"{command.__doc__}\n{_EXAMPLES}"
 
 
-def with_material(
-    spec: GuestSpec, *, image: str | None, kernel: str | None, append: str | None, progress: Progress
-) -> GuestSpec:
-    """Complete `spec` with what the user left open: kernel, initrd, command line."""
+def is_kernel_alone(request: GuestRequest, *, detach: bool) -> bool:
+    """Whether the request is for a kernel without an image. Raises BadRequest for a mixture."""
     from ostler.errors import BadRequest
-    from ostler.images import DEFAULT_KERNEL, initrd, kernels
+    from ostler.images import KERNELS, store
 
-    if kernel is not None:
-        if image is not None:
-            raise BadRequest(f"image {image!r} and --kernel {kernel!r}: only one kernel can be booted")
-        return spec if append is not None else spec.model_copy(update={"append": CONSOLE})
-    ours = kernels.fetch(image or DEFAULT_KERNEL, progress)
-    words = [CONSOLE, *([append] if append else [])]
-    if spec.initrd is None:
-        words += guest_words(append or "")
-    ramdisk = spec.initrd or initrd.busybox(ours, progress)
-    return spec.model_copy(update={"kernel": ours.image, "initrd": ramdisk, "append": " ".join(words)})
-
-
-def guest_words(append: str) -> list[str]:
-    """What Ostler's own initrd is to know: a shell and its terminal, or that there is nobody to give one."""
-    from ostler.cli import terminal
-
-    if not os.isatty(0):
-        return [] if "ostler." in append else ["ostler.report"]
-    size = terminal.size(0)
-    words = [f"ostler.tty={size.lines}x{size.columns}"] if size else []
-    return [*words, f"ostler.term={os.environ.get('TERM', 'linux')}"]
-
-
-def run(spec: GuestSpec, phases: Phases | None = None) -> RunResult:
-    """Run the guest with this process's terminal as its console."""
-    from ostler import vmm
-    from ostler.cli import logs, terminal
-    from ostler.cli.phases import Tap
-
-    with ExitStack() as stack:
-        stack.enter_context(terminal.orderly_signals())
-        stack.enter_context(terminal.raw(0))
-        keys = terminal.EscapeFilter() if os.isatty(0) else None
-        tap = stack.enter_context(Tap(1)) if phases else None
-        result = vmm.run(spec, console_in=_standard_input(), console_out=tap.fd if tap else 1, keys=keys)
-        ended = time.monotonic()
-    if phases and tap:
-        phases.guest(ended=ended, run_s=result.timings_s["run"], marks=tap.marks)
-    if result.masked_features:
-        logs.event("processor model reduced", missing=" ".join(result.masked_features))
-    return result
-
-
-def _standard_input() -> int | None:
-    """Standard input, or None where the caller closed it."""
-    try:
-        os.fstat(0)
-    except OSError:
-        return None
-    return 0
+    if request.image is not None and not (request.image in KERNELS and store.find(request.image) is None):
+        return False
+    if request.command or detach:
+        what = f"command {request.command[0]!r}" if request.command else "--detach"
+        raise BadRequest(f"{what}: expected an image to run it in, such as debian")
+    return True

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ostler.control import runtime
+from ostler.control import logfile, runtime
 from ostler.control.connection import Connection, ConnectionLost
 from ostler.control.runtime import Entry
 from ostler.errors import GuestNotFound, HostError, OstlerError
@@ -39,6 +39,14 @@ class Summary:
     """Exit status of one that has ended."""
     reason: str
     ports: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the end of a guest is to say that was there for one command."""
+
+    status: int
+    reason: str
 
 
 def summaries() -> list[Summary]:
@@ -77,22 +85,38 @@ def request(entry: Entry, op: str, *, timeout_s: float | None = 30.0, **argument
         raise GuestNotFound(f"guest {entry.name!r}: has ended") from error
 
 
-def stop(entry: Entry, *, grace_s: float = DEFAULT_GRACE_S) -> dict[str, Any]:
-    """Shut the guest down, by its power button, and kill it after the grace period.
+def stop(entry: Entry, *, grace_s: float = DEFAULT_GRACE_S, verdict: Verdict | None = None) -> dict[str, Any]:
+    """Shut the guest down, by its agent or else its power button, and kill it after the grace period.
 
-    Returns its end. One that has ended already stays as it is.
+    Returns its end; `verdict` is what that is to say. One that has ended already stays as it is.
     """
-    return _ending(entry, "stop", timeout_s=grace_s + TIDY_S, grace_s=grace_s)
+    # Paused guests answer nobody.
+    with contextlib.suppress(GuestNotFound):
+        request(entry, "resume")
+    asked = ask_agent(entry)
+    return _ending(entry, "stop", timeout_s=grace_s + TIDY_S, grace_s=grace_s, button=not asked, **_said(verdict))
 
 
-def kill(entry: Entry) -> dict[str, Any]:
-    """End the guest at once; returns its end."""
-    return _ending(entry, "kill", timeout_s=TIDY_S)
+def kill(entry: Entry, *, verdict: Verdict | None = None) -> dict[str, Any]:
+    """End the guest at once; returns its end, as `stop` does."""
+    return _ending(entry, "kill", timeout_s=TIDY_S, **_said(verdict))
 
 
 def wait(entry: Entry, *, timeout_s: float | None = None) -> dict[str, Any]:
     """Wait for the guest's end and return it. Raises HostError after the time-out."""
     return _ending(entry, "wait", timeout_s=timeout_s)
+
+
+def ask_agent(entry: Entry) -> bool:
+    """Have the agent shut the guest down; whether there was one to ask."""
+    from ostler.agent.client import AgentClient
+
+    try:
+        with AgentClient.connect(entry.vsock_socket, timeout_s=LOOK_TIMEOUT_S) as agent:
+            agent.shutdown()
+    except (OstlerError, OSError):
+        return False
+    return True
 
 
 def remove(entry: Entry, *, force: bool = False) -> None:
@@ -112,11 +136,11 @@ def follow_console(entry: Entry, *, lines: int | None, follow: bool) -> Iterator
                 while data := stream.recv(RECEIVE_BYTES):
                     yield data
             return
-    kept = b""
-    for path in (entry.console_log.with_name(entry.console_log.name + ".1"), entry.console_log):
-        with contextlib.suppress(FileNotFoundError):
-            kept += path.read_bytes()
-    yield _last_lines(kept, lines)
+    yield _last_lines(logfile.read(entry.console_log), lines)
+
+
+def _said(verdict: Verdict | None) -> dict[str, Any]:
+    return {} if verdict is None else {"status": verdict.status, "reason": verdict.reason}
 
 
 def _last_lines(data: bytes, lines: int | None) -> bytes:

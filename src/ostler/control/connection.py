@@ -66,13 +66,24 @@ class Connection:
 
         Raises what the VM process answered with, ConnectionLost where the guest ended first, TimeoutError.
         """
+        return self.collect(self.post(op, **arguments), timeout_s=timeout_s)
+
+    def post(self, op: str, **arguments: object) -> int:
+        """Send a request whose reply is collected later. Raises ConnectionLost."""
         self._number += 1
-        self._socket.settimeout(timeout_s)
         try:
             self._socket.sendall(encode({"id": self._number, "op": op, **arguments}))
-            while (reply := self._receive()).get("id") != self._number:
-                pass  # an event, for which nobody waits here
         except (BrokenPipeError, ConnectionResetError) as error:
+            raise ConnectionLost(str(error)) from error
+        return self._number
+
+    def collect(self, number: int, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> Message:
+        """The reply to that request; see `request`. Events that come before it are skipped."""
+        self._socket.settimeout(timeout_s)
+        try:
+            while (reply := self._receive()).get("id") != number:
+                pass
+        except ConnectionResetError as error:
             raise ConnectionLost(str(error)) from error
         if "error" in reply:
             raise unpack_error(reply["error"])

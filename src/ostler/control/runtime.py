@@ -6,7 +6,8 @@
         entry.json                 what started it: image, command, remove, created
         spec.json  pid             its specification; its process
         control.sock  vsock.sock   management; the host side of virtio-vsock (vsock.sock_N: host port N)
-        console.log(.1)  vmm.log   the console's output, the VM process's own complaints
+        console.log  output.log    what the console said, what a detached guest's command said; each with a `.1`
+        vmm.log                    the VM process's own complaints
         end.json                   how it ended; not there while it runs, nor when it was killed by the kernel
 
 An entry appears by a rename, with its lock already held, so nobody sees half of one. A lock that is not held says that
@@ -34,7 +35,7 @@ from typing import Any, Self
 from ostler.errors import BadRequest, GuestNotFound, HostError
 
 CONTROL_SOCKET, VSOCK_SOCKET = "control.sock", "vsock.sock"
-CONSOLE_LOG, VMM_LOG = "console.log", "vmm.log"
+CONSOLE_LOG, OUTPUT_LOG, VMM_LOG = "console.log", "output.log", "vmm.log"
 LOCK, ENTRY, SPEC, PID, END = "lock", "entry.json", "spec.json", "pid", "end.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", re.ASCII)
 # sockaddr_un has 108 bytes with the closing zero; vsock.sock_<u32> is the longest name beside a socket.
@@ -60,6 +61,10 @@ class Entry:
     @property
     def console_log(self) -> Path:
         return self.path / CONSOLE_LOG
+
+    @property
+    def output_log(self) -> Path:
+        return self.path / OUTPUT_LOG
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from ostler.errors import ImageError
-from ostler.host.folders import cache_root
 from ostler.images.progress import Progress, silent
 
 MANIFEST = "manifest.json"
@@ -44,7 +45,8 @@ class Entry:
 
 def root() -> Path:
     """Return the cache's folder: `OSTLER_CACHE`, else the user's cache directory."""
-    return cache_root()
+    chosen = os.environ.get("OSTLER_CACHE")
+    return Path(chosen) if chosen else platformdirs.user_cache_path("ostler")
 
 
 def sha256(path: Path) -> str:

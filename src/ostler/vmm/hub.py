@@ -1,6 +1,6 @@
 """The console of a guest that runs by itself: a bounded log, and whoever is attached to it at the moment.
 
-Nobody slows the guest down here. The log is rotated once, so that it takes twice `LOG_BYTES` at most; an attached
+Nobody slows the guest down here. The log is rotated once, so that it stays bounded; an attached
 client that does not read is cut off once `CLIENT_BYTES` wait for it. What clients type waits for the UART, up to a
 bound, and beyond that in their sockets.
 """
@@ -8,63 +8,25 @@ bound, and beyond that in their sockets.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+from ostler.control.logfile import RotatedLog
 from ostler.devices.legacy.serial import Serial
 from ostler.vmm.console import CONGESTED_BYTES, FLUSH_DELAY_NS, TAIL_BYTES, WAIT_SLICE_S
 from ostler.vmm.loop import EventLoop
 
-LOG_BYTES = 4 << 20
 CLIENT_BYTES = 8 << 20
 TYPED_BYTES = 16 << 10
 READ_BYTES = 4096
 
 
-class ConsoleLog:
-    """A file that is put aside under the name `.1` when it is full, in place of the one before it."""
-
-    def __init__(self, path: Path, limit_bytes: int = LOG_BYTES) -> None:
-        self._path = path
-        self._limit_bytes = limit_bytes
-        self._fd = -1
-        self._size = 0
-
-    def write(self, data: bytes) -> None:
-        """Append. A full disk loses output, not the guest."""
-        with contextlib.suppress(OSError):
-            if self._size >= self._limit_bytes:
-                self._path.rename(self._path.with_name(self._path.name + ".1"))
-                self.close()
-            if self._fd < 0:
-                self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-                self._size = os.fstat(self._fd).st_size
-            self._size += os.write(self._fd, data)
-
-    def tail(self, size_bytes: int) -> bytes:
-        """The last bytes that are kept."""
-        kept = b""
-        for path in (self._path, self._path.with_name(self._path.name + ".1")):
-            with contextlib.suppress(OSError):
-                kept = path.read_bytes() + kept
-            if len(kept) >= size_bytes:
-                break
-        return kept[-size_bytes:] if size_bytes else b""
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
 class HubConsole:
     """Implements `vmm.console.Console`. What is not said to run elsewhere runs on the loop's thread."""
 
-    def __init__(self, log: ConsoleLog, loop: EventLoop, lock: threading.Lock) -> None:
+    def __init__(self, log: RotatedLog, loop: EventLoop, lock: threading.Lock) -> None:
         self._log = log
         self._loop = loop
         self._lock = lock

@@ -20,9 +20,10 @@ from types import FrameType
 from ostler import accel
 from ostler.config import GuestSpec
 from ostler.control import runtime
+from ostler.control.logfile import RotatedLog
 from ostler.control.wire import Message, pack_error
 from ostler.errors import HostError, OstlerError
-from ostler.vmm.hub import ConsoleLog, HubConsole
+from ostler.vmm.hub import HubConsole
 from ostler.vmm.run import GuestProcess, command_line, read_material
 from ostler.vmm.server import ControlServer
 from ostler.vmm.service import GuestService, describe
@@ -86,7 +87,7 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
         kernel, initrd = read_material(spec)
         opened = accel.open(spec.accel)
         stack.callback(opened.close)
-        log = ConsoleLog(entry.console_log)
+        log = RotatedLog(entry.console_log)
         hubs: list[HubConsole] = []
 
         def make_console(*arguments: object) -> HubConsole:
@@ -119,7 +120,7 @@ def _to_the_end(process: GuestProcess, service: GuestService) -> Message:
     try:
         ended = process.run()
         process.judge(ended)
-        end = describe(ended, killed=service.killed)
+        end = {**describe(ended, killed=service.killed), **service.verdict}
     except OstlerError as error:
         end = {"status": error.exit_status, **pack_error(error)}
         end["reason"] = end.pop("kind")

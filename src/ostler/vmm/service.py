@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ostler.control.logfile import LOG_BYTES
 from ostler.control.wire import Message
 from ostler.errors import BadRequest
-from ostler.vmm.hub import LOG_BYTES, HubConsole
+from ostler.vmm.hub import HubConsole
 from ostler.vmm.loop import NS_PER_MS
 from ostler.vmm.processors import End, EndKind
 from ostler.vmm.run import GuestProcess
@@ -22,6 +23,7 @@ from ostler.vmm.server import Connection, ControlServer
 
 DEFAULT_GRACE_S, MAX_GRACE_S = 30.0, 3600.0
 BLOCK_BYTES = 512
+MAX_STATUS, MAX_REASON = 255, 200
 Statistics = Callable[[], Message]
 
 
@@ -38,6 +40,8 @@ class GuestService:
         self._grace = process.loop.new_timer()
         self._grace.call(self._kill_now)
         self.killed = False
+        self.verdict: Message = {}
+        """What a client says of the end: the status and reason of the command the guest was there for."""
         self.sources: dict[str, Statistics] = {}
         """Counters of devices and back ends by name, for `stats`."""
         self._operations: dict[str, Callable[[Connection, object, Message], Message | None]] = {
@@ -124,15 +128,22 @@ class GuestService:
 
     def _stop(self, connection: Connection, number: object, arguments: Message) -> None:
         grace_s = _number_of(arguments, "grace_s", DEFAULT_GRACE_S, MAX_GRACE_S)
+        self._note_verdict(arguments)
         self._resume(connection, number, {})
         if arguments.get("button", True):
             self._power_button(connection, number, {})
         self._grace.arm(time.monotonic_ns() + int(grace_s * 1000) * NS_PER_MS)
         self._waiting.append((connection, number))
 
-    def _kill(self, connection: Connection, number: object, _arguments: Message) -> None:
+    def _kill(self, connection: Connection, number: object, arguments: Message) -> None:
+        self._note_verdict(arguments)
         self._waiting.append((connection, number))
         self._kill_now()
+
+    def _note_verdict(self, arguments: Message) -> None:
+        if "status" in arguments:
+            status = int(_number_of(arguments, "status", 0, MAX_STATUS))
+            self.verdict = {"status": status, "reason": str(arguments.get("reason", "command ended"))[:MAX_REASON]}
 
     def _kill_now(self) -> None:
         self.killed = True

@@ -14,11 +14,12 @@ import pytest
 
 from ostler.config import parse_guest
 from ostler.control.connection import Connection, ConnectionLost
+from ostler.control.logfile import RotatedLog
 from ostler.control.wire import MAX_LINE_BYTES, encode
 from ostler.errors import BadRequest, GuestNotFound, HostError
 from ostler.testing import kernels
 from ostler.testing.fake_accel import FakeAccel, Halt, In, Out, Script
-from ostler.vmm.hub import ConsoleLog, HubConsole
+from ostler.vmm.hub import HubConsole
 from ostler.vmm.run import GuestProcess
 from ostler.vmm.server import ControlServer
 from ostler.vmm.service import GuestService, describe
@@ -59,7 +60,7 @@ class Served:
         self.join()
 
     def _run(self) -> None:
-        log = ConsoleLog(self.log)
+        log = RotatedLog(self.log)
         with GuestProcess(self._spec, FakeAccel(self._script), lambda *given: HubConsole(log, *given)) as process:
             assert isinstance(process.console, HubConsole)
             with ControlServer(self.path, process.loop, "fake") as server:
@@ -231,7 +232,7 @@ def test_connection_of_an_ended_guest_is_lost_and_a_new_one_refused(served: Star
 
 
 def test_console_log_is_rotated_once(tmp_path: Path) -> None:
-    log = ConsoleLog(tmp_path / "console.log", limit_bytes=10)
+    log = RotatedLog(tmp_path / "console.log", limit_bytes=10)
     for number in range(6):
         log.write(b"%d" % number * 6)
     log.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ostler.cli import run, terminal
+from ostler.cli import kernel_run, terminal
 from ostler.config import GuestSpec, parse_guest
 from ostler.errors import BadRequest
 from ostler.images import Kernel, initrd, kernels
@@ -26,12 +26,12 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(kernels, "fetch", fetch)
     monkeypatch.setattr(initrd, "busybox", lambda kernel, _: Path("/cache/initrd") / kernel.name)
-    monkeypatch.setattr(run, "os", FakeOs(tty=False))
+    monkeypatch.setattr(kernel_run, "os", FakeOs(tty=False))
     return names
 
 
 class FakeOs:
-    """What run.py asks of the module `os`."""
+    """What kernel_run.py asks of the module `os`."""
 
     def __init__(self, *, tty: bool) -> None:
         self.environ = {"TERM": "xterm"}
@@ -46,7 +46,7 @@ def complete(
     *, image: str | None = None, kernel: str | None = None, append: str | None = None, ramdisk: str | None = None
 ) -> GuestSpec:
     spec = parse_guest(kernel=kernel or "/dev/null", initrd=ramdisk, append=append or "")
-    return run.with_material(spec, image=image, kernel=kernel, append=append, progress=silent)
+    return kernel_run.with_material(spec, image=image, kernel=kernel, append=append, progress=silent)
 
 
 def test_nothing_given_without_terminal_is_a_report_on_the_default_kernel(fetched: list[str]) -> None:
@@ -61,7 +61,7 @@ def test_nothing_given_without_terminal_is_a_report_on_the_default_kernel(fetche
 def test_nothing_given_on_a_terminal_is_a_shell_that_knows_it(
     fetched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "os", FakeOs(tty=True))
+    monkeypatch.setattr(kernel_run, "os", FakeOs(tty=True))
     monkeypatch.setattr(terminal, "size", lambda _: os.terminal_size((100, 30)))
 
     assert complete(image="debian-13-cloud").append == "console=ttyS0 ostler.tty=30x100 ostler.term=xterm"

@@ -1,0 +1,115 @@
+"""`python -m ostler.client.keeper FOLDER`: stays with the command of a detached guest.
+
+Somebody has to hold the agent's connection, keep what the command says, and end the guest with the command's status
+when it is over: this process does, in a session of its own. It reads the job from standard input and says on standard
+output that the command runs, or why not. When the guest ends first, there is nothing left to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from ostler.client.job import Job
+from ostler.control.logfile import RotatedLog
+from ostler.control.runtime import VMM_LOG, Entry
+from ostler.control.wire import pack_error, unpack_error
+from ostler.errors import AgentError, HostError, OstlerError
+
+CHUNK_BYTES = 64 << 10
+
+
+def start(entry: Entry, job: Job) -> None:
+    """Start a keeper; returns when the command runs. Raises what the agent refused it with."""
+    with (entry.path / VMM_LOG).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ostler.client.keeper", str(entry.path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin, process.stdout:
+        process.stdin.write(json.dumps(dataclasses.asdict(job)).encode())
+        process.stdin.close()
+        said = process.stdout.read()
+    try:
+        message = json.loads(said)
+    except ValueError:
+        raise HostError(f"guest {entry.name!r}: nobody stays with its command; see {entry.path / VMM_LOG}") from None
+    if "error" in message:
+        process.wait()
+        raise unpack_error(message["error"])
+    # It is meant to outlive this process; nobody here waits for it.
+    process.returncode = 0
+
+
+def keep(entry: Entry, job: Job) -> None:
+    """Run the job to its end, and end the guest with its status."""
+    from ostler.agent.client import AgentClient
+
+    try:
+        agent = AgentClient.connect(entry.vsock_socket, timeout_s=30, alive=entry.is_running)
+        process = agent.start(job.argv, env=job.env, cwd=job.cwd, user=job.user)
+    except OstlerError as error:
+        _say({"error": pack_error(error)})
+        return
+    _say({"ready": True})
+    reading, writing = os.pipe()
+    logger = threading.Thread(target=_write_log, args=(RotatedLog(entry.output_log), reading))
+    logger.start()
+    try:
+        with agent, process:
+            returncode = process.relay(None, writing, writing)
+    except AgentError:
+        # The guest has ended, or its agent has: then the guest is what somebody will look at.
+        return
+    finally:
+        os.close(writing)
+        logger.join()
+    _end_guest(entry, returncode)
+
+
+def _end_guest(entry: Entry, returncode: int) -> None:
+    from ostler.client import guests
+    from ostler.client.guests import Verdict
+
+    verdict = Verdict(returncode if returncode >= 0 else 128 - returncode, "command ended")
+    with contextlib.suppress(OstlerError):
+        if entry.facts.get("durable"):
+            guests.stop(entry, verdict=verdict)
+        else:
+            guests.kill(entry, verdict=verdict)
+
+
+def _write_log(log: RotatedLog, reading: int) -> None:
+    with open(reading, "rb", buffering=0) as stream:
+        while data := stream.read(CHUNK_BYTES):
+            log.write(data)
+    log.close()
+
+
+def _say(message: dict[str, object]) -> None:
+    """Tell the launcher, once: standard output is closed to say that this was all."""
+    sys.stdout.write(json.dumps(message))
+    sys.stdout.flush()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 1)
+    os.close(nothing)
+
+
+def main() -> None:
+    """Read the job and stay with it."""
+    folder = Path(sys.argv[1])
+    values = json.load(sys.stdin)
+    job = Job(tuple(values["argv"]), dict(values["env"]), values["cwd"], values["user"])
+    keep(Entry(folder.name, folder), job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A guest that was started here: brought up, at hand, and put away again.
+
+Bringing up is: start the VM process, wait for the agent, hand over the settings. Putting away is an orderly shutdown
+where the guest could write to something that stays, else the plug: a throw-away disk needs no `sync`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from types import TracebackType
+from typing import Any, Self
+
+from ostler.agent.client import AgentClient
+from ostler.client import guests
+from ostler.client.plan import Plan
+from ostler.client.watch import Watch
+from ostler.control.launch import Launched, launch
+from ostler.control.runtime import Entry
+from ostler.errors import AgentError, OstlerError
+
+# A guest under emulation on a busy machine takes its time; whoever waits can interrupt.
+BOOT_TIMEOUT_S = 600.0
+SHUTDOWN_GRACE_S = 30.0
+
+
+class RunningGuest:
+    """Owns the guest unless `release` was called; a context manager that ends it."""
+
+    def __init__(self, launched: Launched, plan: Plan) -> None:
+        self.entry: Entry = launched.entry
+        self.plan = plan
+        self._launched = launched
+        self._watch = Watch(launched.entry)
+        self._agent: AgentClient | None = None
+
+    @property
+    def agent(self) -> AgentClient:
+        """The guest's agent. Raises AgentUnavailable, or how the guest ended."""
+        if self._agent is None:
+            self._agent = self.wait_for_agent()
+        return self._agent
+
+    def wait_for_agent(self, timeout_s: float = BOOT_TIMEOUT_S) -> AgentClient:
+        """Wait until the agent answers."""
+        try:
+            return AgentClient.connect(self.entry.vsock_socket, timeout_s=timeout_s, alive=self.is_running)
+        except AgentError as error:
+            raise self.explain(error) from error
+
+    def is_running(self) -> bool:
+        """Whether the VM process lives."""
+        return self._launched.process.poll() is None
+
+    def explain(self, error: OstlerError) -> OstlerError:
+        """The guest's own end, where that is why something failed."""
+        return error if self.is_running() and self._watch.end(timeout_s=0.2) is None else self._watch.explain(error)
+
+    def ended_in_order(self) -> bool:
+        """Whether the guest has powered off or rebooted by itself."""
+        end = self._watch.end(timeout_s=0.2)
+        return end is not None and end.get("reason") in {"power-off", "reset"}
+
+    def configure(self) -> None:
+        """Hand the settings over: hostname, network, name servers, keys, mounts."""
+        settings = {**self._network(), **self.plan.settings}
+        try:
+            self.agent.configure(**settings)
+        except AgentError as error:
+            raise self.explain(error) from error
+
+    def _network(self) -> dict[str, Any]:
+        """What the VM process says of the guest's interfaces: their addresses are chosen where the network is."""
+        facts = guests.request(self.entry, "inspect")
+        found: dict[str, Any] = {"interfaces": [], "routes": [], "dns": []}
+        for net in facts.get("networks", []):
+            found["interfaces"].append({"mac": net["mac"], "mtu": net.get("mtu"), "addresses": net["addresses"]})
+            found["routes"] += [{"to": "default", "via": gateway} for gateway in net["gateways"]]
+            found["dns"] += net["dns"]
+        return {name: value for name, value in found.items() if value}
+
+    def release(self) -> None:
+        """Let the guest go on by itself."""
+        self._close()
+        # Nobody here waits for it any more.
+        self._launched.process.returncode = 0
+
+    def end(self) -> dict[str, Any]:
+        """Put the guest away; returns how it ended."""
+        try:
+            if not self.is_running():
+                return self._watch.end() or {}
+            if self.plan.is_durable:
+                return guests.stop(self.entry, grace_s=SHUTDOWN_GRACE_S)
+            return guests.kill(self.entry)
+        finally:
+            self._close()
+            self._launched.process.wait()
+
+    def _close(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+        self._watch.close()
+        if self._launched.leash_fd is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._launched.leash_fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+
+def start(plan: Plan, *, leash: bool, remove: bool) -> RunningGuest:
+    """Start the VM process. With `leash` the guest does not outlive this process; with `remove` it leaves nothing."""
+    launched = launch(plan.name, plan.spec_json, facts={**plan.facts, "remove": remove}, leash=leash)
+    try:
+        return RunningGuest(launched, plan)
+    except BaseException:
+        launched.process.kill()
+        launched.process.wait()
+        raise

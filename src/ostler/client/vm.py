@@ -1,0 +1,307 @@
+"""`ostler.VM`: a guest from a few lines of Python.
+
+    with ostler.VM("debian", memory="512M") as vm:
+        print(vm.run(["uname", "-a"]).text)
+
+    async with ostler.VM("debian") as vm:
+        print((await vm.run(["uname", "-a"])).text)
+
+The guest is a process of its own and ends with the block, or with this process, however that ends. What can go wrong is
+in `ostler.errors`. A VM may be used from several threads; the asynchronous one runs its work in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+
+from ostler.client import guests, running
+from ostler.client import plan as plans
+from ostler.client.console import GuestConsole
+from ostler.config import parse_request
+from ostler.config.request import read_request
+from ostler.control.connection import Connection
+from ostler.errors import AgentError, BadRequest, CommandFailed
+from ostler.images.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from ostler.agent.client import AgentClient
+    from ostler.agent.process import Process
+    from ostler.agent.requests import Completed, Info, Terminal
+    from ostler.client.running import RunningGuest
+    from ostler.config import GuestRequest
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Argument = str | bytes | os.PathLike[str]
+
+
+class VM:
+    """A guest, started by `start` or by entering the block and ended by leaving it."""
+
+    def __init__(
+        self, image: str | None = None, *, file: str | os.PathLike[str] | None = None, progress: Progress = silent,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """Describe a guest: an image, and any field of `ostler schema` as an option.
+
+            VM("debian", memory="1G", cpus=2, ports=["8080:80"], volumes=["./site:/srv:ro"], env={"LANG": "C"})
+            VM(file="guest.toml", memory="2G")
+
+        Raises BadRequest naming what is wrong; nothing has been started or fetched then.
+        """
+        given = {"image": image, **options}
+        self.request: GuestRequest = read_request(Path(file), **given) if file is not None else parse_request(**given)
+        if self.request.image is None:
+            raise BadRequest("image: missing, expected the name of one, such as debian")
+        self._progress = progress
+        self._guest: RunningGuest | None = None
+
+    # -- life -------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Start the guest and wait until its agent answers; fetches or builds the image where it is missing.
+
+        Raises ImageError, BadRequest, HostError; GuestCrash for a guest that does not come up.
+        """
+        if self._guest is not None:
+            raise BadRequest(f"guest {self.name!r}: has been started already")
+        guest = running.start(plans.make(self.request, progress=self._progress), leash=True, remove=True)
+        try:
+            guest.configure()
+        except BaseException:
+            guest.end()
+            raise
+        self._guest = guest
+        return self
+
+    def stop(self, *, grace_s: float = guests.DEFAULT_GRACE_S) -> None:
+        """Shut the guest down in order, and by force after the grace period. No guest is no error."""
+        if self._guest is not None:
+            guests.stop(self._guest.entry, grace_s=grace_s)
+            self.close()
+
+    def close(self) -> None:
+        """End the guest: in order if it could write to something that stays, else at once."""
+        guest, self._guest = self._guest, None
+        if guest is not None:
+            guest.end()
+
+    def wait(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Wait until the guest ends by itself; how it did, as `ostler wait --json` has it."""
+        return guests.wait(self._running().entry, timeout_s=timeout_s)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> AsyncVM:
+        return await AsyncVM(self).start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    # -- what it is -------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The guest's name on this host, as `ostler ps` shows it."""
+        return self._guest.entry.name if self._guest else self.request.name or "not started"
+
+    @property
+    def agent(self) -> AgentClient:
+        """The agent itself, for what has no method here: freeze, set_time, grow_root, …"""
+        return self._running().agent
+
+    def info(self) -> Info:
+        """Addresses, load, memory, operating system, as the guest sees them."""
+        return self._asked(lambda agent: agent.info())
+
+    def stats(self) -> dict[str, Any]:
+        """Processor time, memory, counters of disks and networks, as the host sees them."""
+        return guests.request(self._running().entry, "stats")
+
+    # -- commands ---------------------------------------------------------------------------
+
+    def run(
+        self, argv: Sequence[Argument], *, input: bytes | str | None = None, env: Mapping[str, str] | None = None,  # noqa: A002
+        cwd: Argument | None = None, user: str | None = None, timeout_s: float | None = None, check: bool = False,
+    ) -> Completed:  # fmt: skip
+        """Run a command to its end: `returncode`, `stdout` and `stderr` as bytes, `text` as text.
+
+        Raises:
+            CommandNotFound, CommandNotExecutable: there is no such program.
+            CommandTimeout: it was killed after `timeout_s`.
+            CommandFailed: with `check`, its status was not 0.
+            GuestCrash, GuestGone: the guest ended meanwhile.
+        """
+        given = input.encode() if isinstance(input, str) else input
+        wanted = {**self._running().plan.job.env, **(env or {})}
+        done = self._asked(
+            lambda agent: agent.run(argv, input=given, env=wanted, cwd=cwd, user=user, timeout_s=timeout_s)
+        )
+        if check and done.returncode:
+            last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            said = f": {last}" if last else ""
+            raise CommandFailed(
+                f"{done.argv[0]}: ended with status {done.returncode} in {self.name}{said}",
+                returncode=done.returncode, stdout=done.stdout, stderr=done.stderr,
+            )  # fmt: skip
+        return done
+
+    def popen(
+        self, argv: Sequence[Argument], *, env: Mapping[str, str] | None = None, cwd: Argument | None = None,
+        user: str | None = None, tty: Terminal | None = None,
+    ) -> Process:  # fmt: skip
+        """Start a command and keep hold of it: `stdin`, `stdout`, `stderr`, `send_signal`, `resize`, `wait`."""
+        wanted = {**self._running().plan.job.env, **(env or {})}
+        return self._asked(lambda agent: agent.start(argv, env=wanted, cwd=cwd, user=user, tty=tty))
+
+    # -- files ------------------------------------------------------------------------------
+
+    def put(self, source: str | os.PathLike[str], target: str) -> None:
+        """Copy a file or a folder of the host's into the guest."""
+        self._asked(lambda agent: agent.put(source, target))
+
+    def get(self, source: str, target: str | os.PathLike[str]) -> None:
+        """Copy a file or a folder of the guest's to the host."""
+        self._asked(lambda agent: agent.get(source, target))
+
+    def write(self, path: str, content: bytes | str, *, mode: int = 0o644) -> None:
+        """Write a file in the guest."""
+        data = content.encode() if isinstance(content, str) else content
+        self._asked(lambda agent: agent.put_bytes(data, path, mode=mode))
+
+    def read(self, path: str) -> bytes:
+        """The content of a file of the guest's."""
+        return self._asked(lambda agent: agent.get_bytes(path))
+
+    # -- the machine ------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Hold the guest's processors where they are."""
+        guests.request(self._running().entry, "pause")
+
+    def resume(self) -> None:
+        """Let them go on."""
+        guests.request(self._running().entry, "resume")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Paused for the length of a block."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
+
+    def console(self, *, backlog_bytes: int = 0) -> GuestConsole:
+        """The serial console: `read`, `write`, `expect`; a context manager."""
+        with Connection.to(self._running().entry) as connection:
+            return GuestConsole(connection.console(backlog_bytes=backlog_bytes))
+
+    def events(self, *, timeout_s: float | None = None) -> Iterator[dict[str, Any]]:
+        """What happens to the guest from now on, to its end: `paused`, `resumed`, `device`, `ended`, …"""
+        with Connection.to(self._running().entry) as connection:
+            yield from connection.events(timeout_s=timeout_s)
+
+    # ---------------------------------------------------------------------------------------
+
+    def _running(self) -> RunningGuest:
+        if self._guest is None:
+            raise BadRequest(f"guest {self.name!r}: is not running; use it in a `with` block or call start()")
+        return self._guest
+
+    def _asked(self, ask: Callable[[AgentClient], T]) -> T:
+        """The agent's answer; where the guest has ended, how."""
+        guest = self._running()
+        try:
+            return ask(guest.agent)
+        except AgentError as error:
+            raise guest.explain(error) from error
+
+
+class AsyncVM:
+    """A VM for asyncio: the same methods, awaited. `async with VM(…)` gives one."""
+
+    def __init__(self, vm: VM) -> None:
+        self.vm = vm
+
+    async def start(self) -> Self:
+        await _in_thread(self.vm.start)
+        return self
+
+    async def stop(self, *, grace_s: float = guests.DEFAULT_GRACE_S) -> None:
+        await _in_thread(self.vm.stop, grace_s=grace_s)
+
+    async def close(self) -> None:
+        await _in_thread(self.vm.close)
+
+    @property
+    def name(self) -> str:
+        return self.vm.name
+
+    async def info(self) -> Info:
+        return await _in_thread(self.vm.info)
+
+    async def stats(self) -> dict[str, Any]:
+        return await _in_thread(self.vm.stats)
+
+    async def run(
+        self, argv: Sequence[Argument], *, input: bytes | str | None = None, env: Mapping[str, str] | None = None,  # noqa: A002
+        cwd: Argument | None = None, user: str | None = None, timeout_s: float | None = None, check: bool = False,
+    ) -> Completed:  # fmt: skip
+        """As `VM.run`. A task that is cancelled leaves the command to its time-out."""
+        return await _in_thread(
+            self.vm.run, argv, input=input, env=env, cwd=cwd, user=user, timeout_s=timeout_s, check=check
+        )
+
+    async def put(self, source: str | os.PathLike[str], target: str) -> None:
+        await _in_thread(self.vm.put, source, target)
+
+    async def get(self, source: str, target: str | os.PathLike[str]) -> None:
+        await _in_thread(self.vm.get, source, target)
+
+    async def write(self, path: str, content: bytes | str, *, mode: int = 0o644) -> None:
+        await _in_thread(self.vm.write, path, content, mode=mode)
+
+    async def read(self, path: str) -> bytes:
+        return await _in_thread(self.vm.read, path)
+
+    async def pause(self) -> None:
+        await _in_thread(self.vm.pause)
+
+    async def resume(self) -> None:
+        await _in_thread(self.vm.resume)
+
+    async def wait(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        return await _in_thread(self.vm.wait, timeout_s=timeout_s)
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """As `VM.events`."""
+        events = self.vm.events()
+        while (event := await _in_thread(next, events, None)) is not None:
+            yield event
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+async def _in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    return await asyncio.to_thread(call, *args, **kwargs)
