@@ -53,7 +53,9 @@ def test_dirty_log_names_pages_written_since_the_last_look(lab: Lab) -> None:
 
         machine.run()
 
-        assert first == [{1, 3, 4, 0x80}]
+        # KVM maps a page it reads writable at once where the host's own mapping is, and calls it dirty.
+        merely_read = {0} if lab.name == "kvm" else set()
+        assert {1, 3, 4, 0x80} <= first[0] <= {1, 3, 4, 0x80} | merely_read
         assert dirty_pages(machine.vm.get_dirty_log(1)) == {0x10, 0x11}
         assert dirty_pages(machine.vm.get_dirty_log(1)) == set()
 

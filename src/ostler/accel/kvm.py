@@ -3,14 +3,16 @@
 Kicking a vCPU must not lose the race against its entering the guest, and must not need a signal
 handler, which Python installs in the main thread only. So the kick signal stays blocked in a vCPU's
 thread and KVM unblocks it for the time of KVM_RUN (KVM_SET_SIGNAL_MASK): a signal that arrives too
-early is pending and ends KVM_RUN at once; `run()` then takes it off the thread's queue. The lock is
-held while the signal is sent, so that it can only meet a thread inside `run()`, where it is blocked;
-anywhere else its default action would end the process.
+early is pending and ends KVM_RUN at once; `run()` then takes it off the thread's queue. The process
+ignores it: blocked it is kept pending all the same (signal(7)), and one that comes when its thread has
+ended, and its number is another's, does nothing. So `kick()` needs not know whether the thread is in the
+guest, and the way into it, which every exit takes, has no lock on it.
 """
 
 import contextlib
 import ctypes
 import fcntl
+import functools
 import mmap
 import os
 import signal
@@ -65,8 +67,8 @@ class KvmVcpu(_Descriptor):
         self._page = memoryview(mmap.mmap(fd, page_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE))
         self._run = Run.from_buffer(self._page)
         self._lock = threading.Lock()
-        self._inside: int | None = None  # native id of the thread in run()
-        self._prepared: int | None = None  # native id of the thread whose signal mask KVM knows
+        self._runner: int | None = None  # get_ident() of the thread whose signal mask KVM knows
+        self._runner_tid = 0  # and its number for tgkill(2)
         self._kicked = False
 
     @property
@@ -74,50 +76,52 @@ class KvmVcpu(_Descriptor):
         return self._page
 
     def run(self) -> None:
-        thread = threading.get_native_id()
-        if thread != self._prepared:
-            self._prepare(thread)
-        with self._lock:
-            self._inside = thread
-        try:
-            self._enter()
-        except InterruptedError:
-            self._take_kick()
-            raise
-        finally:
-            with self._lock:
-                self._inside = None
-
-    def _enter(self) -> None:
+        if threading.get_ident() != self._runner:
+            self._prepare()
         while True:
             try:
                 fcntl.ioctl(self._fd, requests.KVM_RUN, 0)
             except BlockingIOError:
                 # A vCPU that waited for INIT or SIPI says EAGAIN when it got one.
                 continue
+            except InterruptedError:
+                self._take_kick()
+                raise
             return
 
     def kick(self) -> None:
         with self._lock:
             self._kicked = True
             self._run.immediate_exit = 1
-            if self._inside is not None:
-                _libc.tgkill(os.getpid(), self._inside, KICK_SIGNAL)
+            if self._runner_tid:
+                # The thread may have ended: then there is nobody to interrupt.
+                _libc.tgkill(os.getpid(), self._runner_tid, KICK_SIGNAL)
 
     def _take_kick(self) -> None:
+        # Under the lock, so that a kick's signal has been sent by the time its flag is seen.
         with self._lock:
             if self._kicked:
                 self._kicked = False
                 self._run.immediate_exit = 0
-                while signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
-                    pass
+            # Taken even if another vCPU of this thread was meant: left pending it would end every run from now on.
+            while signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
+                pass
 
-    def _prepare(self, thread: int) -> None:
+    def _prepare(self) -> None:
+        _ignore_kicks()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
         bits = sum(1 << (number - 1) for number in blocked if number != KICK_SIGNAL)
         mask = requests.SignalMask8(len=8, sigset=(ctypes.c_uint8 * 8)(*bits.to_bytes(8, "little")))
         fcntl.ioctl(self._fd, requests.KVM_SET_SIGNAL_MASK, bytearray(mask))
-        self._prepared = thread
+        with self._lock:
+            self._runner, self._runner_tid = threading.get_ident(), threading.get_native_id()
+
+
+@functools.cache
+def _ignore_kicks() -> None:
+    """Python's own `signal.signal` works in the main thread only; ignoring needs no handler of Python's."""
+    _libc.signal.argtypes, _libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    _libc.signal(KICK_SIGNAL, ctypes.c_void_p(int(signal.SIG_IGN)))
 
 
 class KvmVm(_Descriptor):

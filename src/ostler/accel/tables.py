@@ -40,7 +40,14 @@ def read_cpuid(channel: Channel, request: int) -> list[CpuidEntry2]:
                 room *= 2
                 continue
             raise AccelError(f"reading CPUID: {error.strerror}") from error
-        return unpack(buffer, Cpuid2, CpuidEntry2, Cpuid2.from_buffer(buffer).nent)
+        return _without_padding(unpack(buffer, Cpuid2, CpuidEntry2, Cpuid2.from_buffer(buffer).nent))
+
+
+def _without_padding(entries: list[CpuidEntry2]) -> list[CpuidEntry2]:
+    """Kernels before 6.3 do not say how many entries of a vCPU's table they filled in: what is left is zero."""
+    while entries and not any(bytes(entries[-1])):
+        entries.pop()
+    return entries
 
 
 def write_cpuid(channel: Channel, entries: Sequence[CpuidEntry2], *, subject: str) -> None:

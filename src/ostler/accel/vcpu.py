@@ -15,6 +15,7 @@ from ostler.errors import AccelError
 S = TypeVar("S", bound=ctypes.Structure)
 
 _EXITS_AT = Run.exits.offset
+_REASON_WORD = Run.exit_reason.offset // 4
 _IO = struct.Struct("<BBHIQ")  # RunIo
 _MMIO = struct.Struct("<Q8xIB")  # RunMmio
 _MMIO_DATA_AT = _EXITS_AT + 8
@@ -72,8 +73,11 @@ class Vcpu:
         self._transport = transport
         self._id = vcpu_id
         self._subject = f"vCPU {vcpu_id}"
+        self._enter = transport.run
         page = transport.run_page
         self._run = Run.from_buffer(page)
+        # What every exit reads, without a structure's field in between.
+        self._words = page[:_EXITS_AT].cast("I")
         self._exit = Exit(page, self._run)
 
     @property
@@ -94,12 +98,12 @@ class Vcpu:
 
     def run(self) -> ExitReason:
         try:
-            self._transport.run()
+            self._enter()
         except InterruptedError:
             return ExitReason.INTR
         except OSError as error:
             raise AccelError(f"KVM_RUN ({self._subject}): {error.strerror or error}") from error
-        number = self._run.exit_reason
+        number = self._words[_REASON_WORD]
         try:
             return _REASONS[number]
         except KeyError:

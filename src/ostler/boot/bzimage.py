@@ -22,6 +22,11 @@ XLF_KERNEL_64 = 1 << 0
 ENTRY_64_OFFSET = 0x200
 
 
+def is_bzimage(data: memoryview) -> bool:
+    """Whether the file calls itself one."""
+    return len(data) >= 0x264 and bytes(data[0x1FE:0x200]) == b"\x55\xaa" and bytes(data[0x202:0x206]) == b"HdrS"
+
+
 @dataclass(frozen=True, slots=True)
 class BzImage:
     """The fields of the setup header that a loader needs; names are the document's."""
@@ -44,7 +49,7 @@ class BzImage:
     @classmethod
     def parse(cls, data: memoryview, name: str) -> Self | None:
         """None if this is no bzImage at all. Raises KernelError for a broken or an old one."""
-        if len(data) < 0x264 or bytes(data[0x1FE:0x200]) != b"\x55\xaa" or bytes(data[0x202:0x206]) != b"HdrS":
+        if not is_bzimage(data):
             return None
         (version,) = struct.unpack_from("<H", data, 0x206)
         if version < OLDEST_VERSION:

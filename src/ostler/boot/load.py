@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ostler.boot.bzimage import BzImage
+from ostler.boot.bzimage import BzImage, is_bzimage
 from ostler.boot.elf import ELF_MAGIC, elf64_kernel, parse_elf, pvh_kernel
 from ostler.boot.entry import EntryState
 from ostler.boot.kernel import MAX_KERNEL_BYTES, Kernel, Protocol
@@ -20,6 +20,7 @@ from ostler.boot.linux64 import enter_linux64
 from ostler.boot.lowmem import reserved_ranges
 from ostler.boot.multiboot import enter_multiboot, find_header, multiboot_kernel
 from ostler.boot.pvh import enter_pvh
+from ostler.boot.unpacked import UnpackedKernels
 from ostler.errors import BadRequest, KernelError
 from ostler.memory import GuestMemory
 from ostler.memory.layout import LOW_RAM_LIMIT, PAGE_SIZE
@@ -41,10 +42,19 @@ def read_file(path: Path, what: str, *, max_bytes: int) -> bytes:
         raise BadRequest(f"{what} {path}: {error.strerror or error}") from error
 
 
-def read_kernel(path: Path, *, protocol: Protocol | None = None) -> Kernel:
-    """Detect and take apart; `protocol` insists on one. Raises BadRequest."""
-    data = read_file(path, "kernel", max_bytes=MAX_KERNEL_BYTES)
-    return parse_kernel(memoryview(data), str(path), protocol=protocol)
+def read_kernel(path: Path, *, protocol: Protocol | None = None, unpacked: UnpackedKernels | None = None) -> Kernel:
+    """Detect and take apart; `protocol` insists on one. Raises BadRequest.
+
+    What had to be unpacked is taken from `unpacked`, and kept there.
+    """
+    known = unpacked.find(path) if unpacked else None
+    if known is not None and protocol in (None, known.protocol):
+        return known
+    data = memoryview(read_file(path, "kernel", max_bytes=MAX_KERNEL_BYTES))
+    kernel = parse_kernel(data, str(path), protocol=protocol)
+    if unpacked and kernel.protocol is Protocol.PVH and is_bzimage(data):
+        unpacked.keep(path, kernel)
+    return kernel
 
 
 def parse_kernel(data: memoryview, name: str, *, protocol: Protocol | None = None) -> Kernel:

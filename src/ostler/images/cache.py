@@ -26,9 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from ostler.errors import ImageError
+from ostler.host.folders import cache_root
 from ostler.images.progress import Progress, silent
 
 MANIFEST = "manifest.json"
@@ -45,8 +44,7 @@ class Entry:
 
 def root() -> Path:
     """Return the cache's folder: `OSTLER_CACHE`, else the user's cache directory."""
-    chosen = os.environ.get("OSTLER_CACHE")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("ostler")
+    return cache_root()
 
 
 def sha256(path: Path) -> str:

@@ -26,9 +26,11 @@ from ostler.accel.api import Accel
 from ostler.backends.loop import Host
 from ostler.boot.kernel import Kernel, Protocol
 from ostler.boot.load import read_file, read_kernel
+from ostler.boot.unpacked import UnpackedKernels
 from ostler.config import GuestSpec
 from ostler.devices.wiring import PowerEvent
 from ostler.errors import OstlerError
+from ostler.host.folders import cache_root
 from ostler.machine import peripherals
 from ostler.machine.board import Wiring
 from ostler.machine.machine import Machine
@@ -99,7 +101,8 @@ def run(
 def read_material(spec: GuestSpec) -> tuple[Kernel, bytes | None]:
     """Both files. An initrd larger than memory is refused before it is read."""
     initrd = read_file(spec.initrd, "initrd", max_bytes=spec.memory_bytes) if spec.initrd else None
-    return read_kernel(Path(spec.kernel)), initrd
+    unpacked = UnpackedKernels(cache_root() / "unpacked")
+    return read_kernel(Path(spec.kernel), unpacked=unpacked), initrd
 
 
 def command_line(append: str, kernel: Kernel) -> str:
