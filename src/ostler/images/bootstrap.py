@@ -36,7 +36,7 @@ def debian(
     program = tools.require("mmdebstrap", package="mmdebstrap")
     mode = choose_mode()
     sources = "\n".join(apt.host_sources(release)) + "\n"
-    command = [program, f"--mode={mode}", "--variant=minbase", "--architectures=amd64", "--format=tar"]
+    command = [*tools.tied(), program, f"--mode={mode}", "--variant=minbase", "--architectures=amd64", "--format=tar"]
     command += [f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT]
     command += [f"--include={','.join(packages)}"] if packages else []
     command += [release, "-", "-"]

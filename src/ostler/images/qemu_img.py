@@ -225,7 +225,7 @@ def _run_reporting(command: list[str], report: Callable[[float], None]) -> None:
     program = tools.require(command[0], package=PACKAGE)
     with tempfile.TemporaryFile() as errors:
         with subprocess.Popen(
-            [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+            [*tools.tied(), program, *command[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
             env=tools.environment(),
         ) as process:  # fmt: skip
             assert process.stdout is not None

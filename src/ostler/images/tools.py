@@ -102,6 +102,15 @@ def stop(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def tied() -> list[str]:
+    """Return the words before a long command that make it end with this process, were that killed outright.
+
+    By SIGTERM, so that it still cleans up after itself. Empty where the host lacks setpriv.
+    """
+    program = shutil.which("setpriv", path=search_path())
+    return [program, "--pdeathsig", "TERM", "--"] if program else []
+
+
 def complaint(stderr: str, status: int) -> str:
     """Return the most telling line of a program's standard error."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]

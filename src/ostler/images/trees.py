@@ -7,10 +7,12 @@ afterwards. Archives may be hostile: nothing is written outside of the folder, w
 
 from __future__ import annotations
 
+import lzma
 import os
+import shutil
 import stat
 import tarfile
-from collections.abc import Iterator
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -87,37 +89,93 @@ def parse_os_release(text: str) -> OsRelease:
 def unpack(stream: IO[bytes], folder: Path) -> Tree:
     """Lay the tar `stream` out in the empty folder `folder`. Device nodes are left out: the guest's kernel makes them.
 
+    tarfile reads; writing is done here, because its own filters are missing in Python 3.11 as Debian 12 has it.
+
     Raises:
         ImageError: the stream is no tar archive, is cut short, or names a place outside of it.
         OSError: the host's disk is full.
     """
     tree = Tree(folder)
+    writer = _Writer(folder)
     try:
-        with tarfile.open(fileobj=stream, mode="r|*", errorlevel=1) as archive:
-            archive.extractall(folder, members=_members(archive, tree), filter=_readable)
-    except tarfile.FilterError as error:
-        raise ImageError(f"archive: {error}") from error
-    except (tarfile.TarError, EOFError) as error:
+        with tarfile.open(fileobj=stream, mode="r|*") as archive:
+            for member in archive:
+                name = writer.write(archive, member)
+                if name is None:
+                    continue
+                if member.islnk():
+                    # One inode, and rootdisk meets whichever of its names comes first.
+                    target = tree.attributes.get(os.path.normpath(member.linkname.lstrip("/")))
+                    tree.attributes.update({name: target} if target else {})
+                else:
+                    kind = _KINDS.get(member.type, stat.S_IFREG)
+                    tree.attributes[name] = Attributes(member.uid, member.gid, kind | stat.S_IMODE(member.mode))
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ImageError(f"archive: not a whole tar archive ({error})") from error
     return tree
 
 
-def _members(archive: tarfile.TarFile, tree: Tree) -> Iterator[tarfile.TarInfo]:
-    for member in archive:
-        name = os.path.normpath(member.name.lstrip("/"))
+class _Writer:
+    """Writes members below one folder, and never through a link, whatever order an archive comes in."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # Folders that were seen to be real ones. They stay so: nothing here removes a folder.
+        self._real = {folder}
+
+    def write(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
+        """Write one member; return its path relative to the folder, None for what is left out."""
         if member.isdev() and not member.isfifo():
-            continue
-        if not member.islnk():
-            kind = _KINDS.get(member.type, stat.S_IFREG)
-            tree.attributes[name] = Attributes(member.uid, member.gid, kind | stat.S_IMODE(member.mode))
-        yield member
+            return None
+        path = self._place(member.name)
+        if member.isdir():
+            self._make_folder(path)
+            path.chmod(stat.S_IMODE(member.mode) | 0o700)
+        else:
+            self._make_folder(path.parent)
+            if path.is_symlink() or path.exists():
+                path.unlink()
+            self._make(archive, member, path)
+        if not member.issym() and not member.islnk():
+            os.utime(path, (member.mtime, member.mtime))
+        return str(path.relative_to(self._folder))
 
+    def _make(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+        if member.issym():
+            path.symlink_to(member.linkname)
+        elif member.islnk():
+            target = self._place(member.linkname)
+            self._make_folder(target.parent)
+            if not target.is_symlink() and not target.is_file():
+                raise ImageError(f"archive: {member.name!r} is a link to {member.linkname!r}, which is not there")
+            os.link(target, path, follow_symlinks=False)
+        elif member.isfifo():
+            os.mkfifo(path, 0o600)
+        else:
+            content = archive.extractfile(member)
+            with path.open("xb") as file:
+                if content is not None:
+                    shutil.copyfileobj(content, file, 1 << 20)
+            if path.stat().st_size != member.size:
+                raise tarfile.ReadError("unexpected end of data")
+            path.chmod(stat.S_IMODE(member.mode) & 0o777 | 0o600)
 
-def _readable(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    kept = tarfile.tar_filter(member, folder)
-    if member.islnk():  # the filter looks at where a file goes, not at what a hard link would bring in
-        target = os.path.realpath(Path(folder) / member.linkname)
-        if os.path.commonpath([target, os.path.realpath(folder)]) != os.path.realpath(folder):
-            raise tarfile.LinkOutsideDestinationError(member, target)
-    mode = (kept.mode or 0) | (0o700 if member.isdir() else 0o600)
-    return kept.replace(mode=mode, uid=None, gid=None, uname=None, gname=None, deep=False)  # type: ignore[arg-type]
+    def _place(self, name: str) -> Path:
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if ".." in parts or "\0" in name:
+            raise ImageError(f"archive: {name!r} leads outside of the tree")
+        return self._folder.joinpath(*parts)
+
+    def _make_folder(self, path: Path) -> None:
+        if path in self._real:
+            return
+        self._make_folder(path.parent)
+        try:
+            path.mkdir(mode=0o755)
+        except FileExistsError:
+            if path.is_symlink() or not path.is_dir():
+                name = path.relative_to(self._folder)
+                raise ImageError(
+                    f"archive: {str(name)!r} is a folder and a link or file, which may lead outside"
+                ) from None
+        self._real.add(path)
