@@ -88,6 +88,32 @@ def convert_disk(
     _show(qemu_img.info(target, to_format), json=json)
 
 
+@app.command("ls")
+def list_persistent(json: _Json = False) -> None:  # noqa: FBT002
+    """List the persistent disks that `ostler run --persist NAME` has made."""
+    from ostler.cli.output import print_json, print_table
+    from ostler.images import persist
+
+    rows = [{"name": name, **persist.origin(name), "path": str(persist.root())} for name in persist.names()]
+    if json:
+        print_json(rows)
+    else:
+        print_table(
+            ("NAME", "IMAGE", "SINCE"),
+            [(row["name"], row.get("image", "damaged"), row.get("since", "")[:10]) for row in rows],
+        )
+
+
+@app.command("rm")
+def remove_persistent(names: Annotated[list[str], typer.Argument(help="Names of persistent disks.")]) -> None:
+    """Remove persistent disks for good. One that a guest uses stays."""
+    from ostler.images import persist
+
+    for name in names:
+        persist.remove(name)
+        typer.echo(name)
+
+
 def _show(info: DiskInfo, *, json: bool) -> None:
     from ostler.cli.output import print_json
 

@@ -17,7 +17,7 @@ import os
 import struct
 from pathlib import Path
 
-from ostler.errors import DiskBusy
+from ostler.errors import BadRequest, DiskBusy, HostError
 
 _USES, _DENIES = 100, 200
 _READ, _WRITE, _RESIZE = 0, 1, 3
@@ -57,6 +57,26 @@ def _set(fd: int, byte: int) -> None:
 def _held(fd: int, byte: int) -> bool:
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
     return int(_FLOCK.unpack(answer)[0]) != fcntl.F_UNLCK
+
+
+def claim_disk(path: Path, *, write: bool) -> None:
+    """See whether the disk could be used now, and let go of it again.
+
+    Raises:
+        DiskBusy: somebody has it open; says who.
+        BadRequest: it cannot be opened.
+        HostError: the file system has no such locks.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise BadRequest(f"disk {path}: {error.strerror}, expected a file or block device") from error
+    try:
+        lock_disk(fd, str(path), write=write)
+    except OSError as error:
+        raise HostError(f"disk {path}: cannot be locked ({error.strerror})") from error
+    finally:
+        os.close(fd)
 
 
 def holder_of(fd: int) -> str:

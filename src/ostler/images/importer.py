@@ -18,6 +18,7 @@ from ostler.abi import partitions
 from ostler.errors import BadRequest, ImageError
 from ostler.host import files
 from ostler.host.disk_format import is_qcow2
+from ostler.host.locks import claim_disk
 from ostler.images import kernels, qemu_img, rootdisk, store, tools, trees
 from ostler.images.kernels import DEFAULT_KERNEL
 from ostler.images.progress import Progress, silent
@@ -138,7 +139,7 @@ def _copy(file: Path, kind: str, disk: Path, progress: Progress) -> None:
             file, disk, source_format="qcow2", target_format="raw", report=lambda done: progress(step, done)
         )
         return
-    qemu_img.claim(file, write=False)
+    claim_disk(file, write=False)
     with file.open("rb") as source, disk.open("xb") as target:
         files.copy_sparse(source.fileno(), target.fileno(), lambda done: progress(step, done))
 

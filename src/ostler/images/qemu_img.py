@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ostler.abi import partitions
-from ostler.errors import BadRequest, DiskBusy, HostError, ImageError
+from ostler.errors import BadRequest, DiskBusy, ImageError
 from ostler.host.disk_format import FORMATS, disk_format
-from ostler.host.locks import lock_disk
+from ostler.host.locks import claim_disk
 from ostler.images import tools
 
 PACKAGE = "qemu-utils"
@@ -98,7 +98,7 @@ def resize(path: Path, size_bytes: int, *, given: str = "auto", shrink: bool = F
         ImageError: qemu-img is missing or failed.
     """
     chosen = _existing(path, given)
-    claim(path, write=True)
+    claim_disk(path, write=True)
     now = int(_ask(path, chosen)["virtual-size"])
     if size_bytes < now and not shrink:
         raise BadRequest(f"disk {path}: has {now} bytes, {size_bytes} would cut it; --shrink allows that")
@@ -129,25 +129,11 @@ def convert(
     _absent(target)
     if compress and want != "qcow2":
         raise BadRequest(f"disk {target}: only qcow2 can be compressed")
-    claim(source, write=False)
+    claim_disk(source, write=False)
     with _Part(target) as part:
         command = ["qemu-img", "convert", "-p", "-f", have, "-O", want, *(["-c"] if compress else [])]
         _run_reporting([*command, str(source), str(part)], report)
         _publish(part, target)
-
-
-def claim(path: Path, *, write: bool) -> None:
-    """See whether the disk could be used now. Raises DiskBusy naming who has it; BadRequest if it cannot be opened."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise BadRequest(f"disk {path}: {error.strerror}, expected a file or block device") from error
-    try:
-        lock_disk(fd, str(path), write=write)
-    except OSError as error:
-        raise HostError(f"disk {path}: cannot be locked ({error.strerror})") from error
-    finally:
-        os.close(fd)
 
 
 def standalone(path: Path) -> None:
@@ -168,7 +154,7 @@ def _ask(path: Path, chosen: str) -> dict[str, Any]:
 
 def _holder(path: Path) -> str | None:
     try:
-        claim(path, write=True)
+        claim_disk(path, write=True)
     except DiskBusy as error:
         return str(error).partition("in use by ")[2].partition("; expected")[0]
     return None

@@ -27,7 +27,7 @@ from urllib.parse import quote, unquote
 from pydantic import ValidationError
 
 from ostler.errors import DiskBusy, ImageError, NoSuchImage
-from ostler.host.locks import lock_disk
+from ostler.host.locks import claim_disk
 from ostler.images import cache, digests, kernels, rootdisk
 from ostler.images.kernels import DEFAULT_KERNEL
 from ostler.images.progress import Progress, silent
@@ -282,7 +282,8 @@ def discard(digest: str, name: str) -> int:
     with cache.locked(f"image-{digest[:16]}"):
         freed = _size(place)
         try:
-            _check_unused(place / DISK_FILE)
+            if (place / DISK_FILE).exists():
+                claim_disk(place / DISK_FILE, write=True)
             # Renamed first: nobody may find half an image.
             (root() / "tmp").mkdir(exist_ok=True)
             doomed = Path(tempfile.mkdtemp(dir=root() / "tmp"))
@@ -371,14 +372,6 @@ def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _check_unused(disk: Path) -> None:
-    fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        lock_disk(fd, disk.name, write=True)
     finally:
         os.close(fd)
 

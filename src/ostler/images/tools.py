@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 from ostler.errors import ImageError
 
@@ -59,37 +58,6 @@ def run(
     if done.returncode != 0:
         raise ImageError(f"{command[0]}: {complaint(done.stderr.decode(errors='replace'), done.returncode)}")
     return done.stdout.decode(errors="replace")
-
-
-def follow(
-    command: Sequence[Argument],
-    *,
-    package: str,
-    stdin: IO[bytes] | None = None,
-    line: Callable[[str], None],
-    env: Mapping[str, str] | None = None,
-) -> None:
-    """Run a program to its end, giving each line of its standard error to `line` as it comes.
-
-    Raises:
-        ImageError: as `run`.
-    """
-    program = require(str(command[0]), package=package)
-    last: list[str] = []
-    with subprocess.Popen(
-        [program, *command[1:]], stdin=stdin or subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env=env or environment(), text=True, errors="replace",
-    ) as process:  # fmt: skip
-        try:
-            assert process.stderr is not None
-            for text in process.stderr:
-                line(text.rstrip())
-                last = [*last[-20:], text]
-        except BaseException:
-            stop(process)
-            raise
-    if process.returncode != 0:
-        raise ImageError(f"{command[0]}: {complaint(''.join(last), process.returncode)}")
 
 
 def stop(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
