@@ -23,6 +23,7 @@ test: setup test-rust test-python ## Set up, then run every test: the engine's, 
 
 test-rust: setup
 	@tools/cargo test --manifest-path rust/Cargo.toml --workspace --exclude ostler-soft-py --quiet
+	@tools/cargo test --manifest-path rust/agent/Cargo.toml --quiet
 	@tools/fuzz --instructions 2_000_000
 
 test-python: setup
@@ -34,7 +35,9 @@ lint: setup ## ruff, mypy, import-linter, rustfmt, clippy
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 	@tools/cargo fmt --manifest-path rust/Cargo.toml --all --check
+	@tools/cargo fmt --manifest-path rust/agent/Cargo.toml --check
 	@tools/cargo clippy --manifest-path rust/Cargo.toml --workspace --all-targets --quiet -- -D warnings
+	@tools/cargo clippy --manifest-path rust/agent/Cargo.toml --all-targets --quiet -- -D warnings
 
 fuzz: setup ## Random instructions on the host's CPU and on the interpreter, compared
 	@tools/fuzz --require-coverage $(FUZZ)
@@ -58,4 +61,4 @@ conformance: setup ## kvm-unit-tests: make conformance KUT=<folder of the built 
 	@$(PY) tools/conformance.py $(KUT)
 
 clean: ## Remove what setup made here; the cache of guest material stays
-	rm -rf .venv rust/target src/ostler/_soft*.so
+	rm -rf .venv rust/target rust/agent/target src/ostler/_soft*.so src/ostler/agent/data

@@ -5,12 +5,17 @@ KVM needs no compiler. So the choice is made here, before anything is downloaded
 *has* a cargo and fails stays a failure: falling back silently would hide a broken engine.
 
 `OSTLER_BUILD_SOFT` overrules the look at cargo: `never` builds without the engine, `always` insists on it.
+
+The agent (rust/agent), the static program that runs inside guests, is built beside it wherever cargo can, engine or
+not, and goes into the package as data. One that is there already goes into a wheel without any cargo.
+`OSTLER_BUILD_AGENT` says `never` or `always` in the same way.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -24,6 +29,9 @@ from ostler_version import LABEL_VARIABLE
 ROOT = Path(__file__).resolve().parent.parent
 MATURIN = "maturin>=1.9,<2"
 HATCHLING = "hatchling>=1.27"
+AGENT_SOURCE = ROOT / "rust" / "agent"
+AGENT_TARGET = "x86_64-unknown-linux-gnu"
+AGENT = ROOT / "src" / "ostler" / "agent" / "data" / "ostler-agent"
 LABEL_WITHOUT_ENGINE = "without.software.cpu"
 
 Settings = dict[str, Any] | None
@@ -48,9 +56,18 @@ def tool_version(tool: str) -> tuple[int, int] | None:
 
 def why_no_engine() -> str | None:
     """Return the reason why the engine cannot be built here, or None where it can."""
-    wish = os.environ.get("OSTLER_BUILD_SOFT", "auto")
+    return _why_not("OSTLER_BUILD_SOFT")
+
+
+def why_no_agent() -> str | None:
+    """Return the reason why the agent cannot be built here, or None where it can."""
+    return _why_not("OSTLER_BUILD_AGENT")
+
+
+def _why_not(variable: str) -> str | None:
+    wish = os.environ.get(variable, "auto")
     if wish == "never":
-        return "OSTLER_BUILD_SOFT=never"
+        return f"{variable}=never"
     if wish == "always":
         return None
     needed = required_rust()
@@ -61,6 +78,33 @@ def why_no_engine() -> str | None:
         if found < needed:
             return f"{tool} is {found[0]}.{found[1]}; {needed[0]}.{needed[1]} or newer is needed"
     return None
+
+
+def build_agent() -> None:
+    """Build the guest's agent into the source tree's package, where both back ends find it.
+
+    It has a workspace of its own, whose configuration (static linking) cargo takes from the folder it runs in.
+    """
+    reason = why_no_agent()
+    if reason is None:
+        target = Path(os.environ.get("CARGO_TARGET_DIR", AGENT_SOURCE / "target"))
+        cargo = os.environ.get("CARGO", "cargo")
+        # Flags from outside would replace the static ones of .cargo/config.toml.
+        environment = {name: value for name, value in os.environ.items() if "RUSTFLAGS" not in name}
+        command = [cargo, "build", "--release", "--locked", "--quiet", "--target-dir", target]
+        subprocess.run(command, cwd=AGENT_SOURCE, check=True, env=environment)
+        AGENT.parent.mkdir(parents=True, exist_ok=True)
+        # Beside it and renamed: a guest that is just being started must not read half of it.
+        part = AGENT.with_suffix(".part")
+        shutil.copy2(target / AGENT_TARGET / "release" / AGENT.name, part)
+        part.replace(AGENT)
+    elif not AGENT.exists():
+        print(
+            f"ostler: built without the agent ({reason}). Guests with an image need it; "
+            "install Rust and install Ostler again to get it.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def announce(reason: str) -> None:
@@ -100,6 +144,7 @@ def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
 
 
 def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
+    build_agent()
     reason = why_no_engine()
     if reason is None:
         import maturin
@@ -115,6 +160,7 @@ def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata
 def build_editable(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
+    build_agent()
     reason = why_no_engine()
     if reason is None:
         import maturin

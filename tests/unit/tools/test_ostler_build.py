@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,7 @@ def put_tool(folder: Path, name: str, version: str) -> None:
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that is the whole search path."""
-    for name in ("CARGO", "RUSTC", "OSTLER_BUILD_SOFT"):
+    for name in ("CARGO", "RUSTC", "OSTLER_BUILD_SOFT", "OSTLER_BUILD_AGENT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     return tmp_path
@@ -88,24 +90,87 @@ def test_wheel_without_cargo_has_the_package_and_says_what_it_lacks(tmp_path: Pa
     assert not [member for member in members if member.endswith(".so")]
 
 
+def plain_tree(tree: Path) -> Path:
+    """Make a source tree that has what a build without cargo needs, and nothing of what cargo builds."""
+    for name in ("pyproject.toml", "README.md", "LICENSE", "rust/Cargo.toml", "rust/agent/Cargo.toml", ".gitignore"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ostler_build.ROOT / name, tree / name)
+    shutil.copytree(ostler_build.ROOT / "tools", tree / "tools")
+    (tree / "src/ostler/agent").mkdir(parents=True)
+    (tree / "src/ostler/__init__.py").touch()
+    return tree
+
+
+def test_wheel_without_cargo_takes_an_agent_that_is_there(tmp_path: Path) -> None:
+    tree = plain_tree(tmp_path / "tree")
+    (tree / "src/ostler/agent/data").mkdir()
+    (tree / "src/ostler/agent/data/ostler-agent").write_bytes(b"\x7fELF")
+
+    name, said = build("build_wheel", tmp_path, tree)
+
+    assert "without the agent" not in said
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        assert wheel.read("ostler/agent/data/ostler-agent") == b"\x7fELF"
+
+
+def test_wheel_without_cargo_and_agent_says_so(tmp_path: Path) -> None:
+    tree = plain_tree(tmp_path / "tree")
+
+    name, said = build("build_wheel", tmp_path, tree)
+
+    assert "ostler: built without the agent (no cargo" in said
+    assert "ostler/agent/data/ostler-agent" not in zipfile.ZipFile(tmp_path / name).namelist()
+
+
+def test_agent_is_built_in_its_own_folder_without_flags_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, program = tmp_path / "agent", tmp_path / "package" / "ostler-agent"
+    source.mkdir()
+    cargo = tmp_path / "cargo"
+    cargo.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = build ] || exit 1\n'
+        'mkdir -p "$6/x86_64-unknown-linux-gnu/release"\n'
+        'echo "$(pwd) ${RUSTFLAGS-no flags}" >"$6/x86_64-unknown-linux-gnu/release/ostler-agent"\n'
+    )
+    cargo.chmod(0o755)
+    for name, value in (("CARGO", str(cargo)), ("RUSTFLAGS", "-C nonsense"), ("OSTLER_BUILD_AGENT", "always")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CARGO_TARGET_DIR", raising=False)
+    monkeypatch.setattr(ostler_build, "AGENT_SOURCE", source)
+    monkeypatch.setattr(ostler_build, "AGENT", program)
+
+    ostler_build.build_agent()
+
+    assert program.read_text() == f"{source} no flags\n"
+
+
+def test_agent_has_the_version_and_the_rust_of_the_engine() -> None:
+    def read(place: str) -> dict[str, Any]:
+        return tomllib.loads((ostler_build.ROOT / "rust" / place / "Cargo.toml").read_text())
+
+    engine, agent = read(".")["workspace"]["package"], read("agent")["package"]
+
+    assert [agent[name] for name in ("version", "rust-version", "edition")] == [
+        engine[name] for name in ("version", "rust-version", "edition")
+    ]
+
+
 def test_sdist_brings_what_a_build_with_cargo_needs(tmp_path: Path) -> None:
     name, _ = build("build_sdist", tmp_path)
 
     assert name == f"ostler-{ostler_version.version()}.tar.gz"
     with tarfile.open(tmp_path / name) as archive:
         members = {member.partition("/")[2] for member in archive.getnames()}
+    assert {"rust/agent/Cargo.lock", "rust/agent/.cargo/config.toml", "rust/agent/src/main.rs"} <= members
+    assert not [member for member in members if member.startswith("rust/agent/target/")]
     assert {"rust/Cargo.toml", "rust/Cargo.lock", "rust/soft-py/Cargo.toml", "tools/ostler_build.py"} <= members
     assert not [member for member in members if member.startswith((".venv/", "rust/target/"))]
 
 
 def test_editable_without_cargo_points_to_the_tree_and_drops_a_stale_engine(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    for name in ("pyproject.toml", "README.md", "LICENSE", "rust/Cargo.toml"):
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ostler_build.ROOT / name, tree / name)
-    shutil.copytree(ostler_build.ROOT / "tools", tree / "tools")
-    (tree / "src/ostler").mkdir(parents=True)
-    (tree / "src/ostler/__init__.py").touch()
+    tree = plain_tree(tmp_path / "tree")
     (tree / "src/ostler/_soft.abi3.so").touch()
 
     name, said = build("build_editable", tmp_path, tree)
