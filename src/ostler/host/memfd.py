@@ -12,6 +12,8 @@ import mmap
 import os
 from typing import Self
 
+from ostler.host.files import punch_hole
+
 
 class SharedMapping:
     """Owns one memfd and one read-write mapping of it; a context manager."""
@@ -36,6 +38,10 @@ class SharedMapping:
     def view(self) -> memoryview:
         """A writable view of the whole mapping; release it before close()."""
         return memoryview(self._map)
+
+    def discard(self, offset: int, size_bytes: int) -> None:
+        """Free the pages of a range in every mapping of the file; they read as zeroes. Raises OSError."""
+        punch_hole(self.fd, offset, size_bytes)
 
     def close(self) -> None:
         """Unmap and close. Raises BufferError while views of it are alive."""

@@ -157,7 +157,7 @@ class Board:
         except ValueError as error:
             raise BadRequest(f"device {name}: {error}") from error
         wiring = PciWiring(memory, self._chipset.send_msi, partial(self._pins.set, slot), self._chipset.new_doorbell)
-        transport = VirtioPci(device, wiring)
+        transport = VirtioPci(device, wiring, name=name)
         self.pci.add(slot, transport.function, gsi=PCI_GSIS[slot % len(PCI_GSIS)])
         self._stateful[f"PCI {slot:02x}.0 {name}"] = transport
         return transport

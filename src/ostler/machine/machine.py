@@ -88,6 +88,11 @@ class Machine:
         """A test program wants the page at `gpa` looked at afresh."""
         self.vm.memory_written(gpa & ~(PAGE_SIZE - 1), PAGE_SIZE)
 
+    @property
+    def devices(self) -> dict[str, VirtioDevice]:
+        """Virtio devices by the names they were given."""
+        return {transport.name: transport.core.device for transport in self.transports}
+
     def _send_msi(self, address: int, data: int) -> None:
         # A message nobody takes is the guest's own mistake, as on a real bus.
         self.vm.signal_msi(address, data)

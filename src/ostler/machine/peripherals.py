@@ -18,6 +18,7 @@ from ostler.backends.vsock import VsockSockets
 from ostler.config import GuestSpec
 from ostler.config.devices import DiskSpec
 from ostler.control.runtime import VSOCK_SOCKET
+from ostler.devices.virtio.balloon import Balloon
 from ostler.devices.virtio.blk import Block, Disk
 from ostler.devices.virtio.device import VirtioDevice
 from ostler.devices.virtio.rng import Entropy
@@ -48,6 +49,8 @@ def build(spec: GuestSpec, stack: contextlib.ExitStack, around: Surroundings) ->
         # One queue a processor, as drivers like it, and no more threads' worth than the host will serve.
         device = Block(_open(disk, stack), queue_count=min(spec.cpus, MAX_BLOCK_QUEUES))
         functions.append((f"disk{number}", device))
+    if spec.balloon:
+        functions.append(("balloon", Balloon(spec.memory_bytes)))
     if spec.rng:
         functions.append(("rng", Entropy(os.urandom)))
     if spec.vsock_cid is not None:

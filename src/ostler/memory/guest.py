@@ -99,6 +99,20 @@ class GuestMemory:
         for hook in self._hooks:
             hook(Gpa(gpa), size_bytes)
 
+    def discard(self, gpa: int, size_bytes: int) -> int:
+        """Give whole pages back to the host; they read as zeroes. Returns how many bytes of the range were RAM.
+
+        What lies outside of memory is left alone. Raises OSError when the host refuses.
+        """
+        done = 0
+        for start, end, shift in self._spans:
+            first, last = max(start, gpa), min(end, gpa + size_bytes)
+            if first < last:
+                self._mapping.discard(first + shift, last - first)
+                self.written(first, last - first)
+                done += last - first
+        return done
+
     def on_write(self, hook: WriteHook) -> None:
         """Call `hook(gpa, size_bytes)` after each write by the host."""
         self._hooks.append(hook)

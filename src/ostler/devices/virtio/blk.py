@@ -63,6 +63,7 @@ class Block(VirtioDevice):
     """A disk with `queue_count` request queues."""
 
     device_type = DeviceId.BLOCK
+    serves_at_once = True
 
     def __init__(self, disk: Disk, *, queue_count: int = 1) -> None:
         super().__init__()

@@ -80,7 +80,8 @@ class TransportState:
 class VirtioPci:
     """A virtio device as a PCI function."""
 
-    def __init__(self, device: VirtioDevice, wiring: PciWiring) -> None:
+    def __init__(self, device: VirtioDevice, wiring: PciWiring, *, name: str = "") -> None:
+        self.name = name
         self.core = VirtioCore(device, wiring.memory, queue_event=self._queue_event, config_event=self._config_event)
         self._queue_count = len(device.queue_sizes)
         self.msix = Msix(self._queue_count + 1, wiring.send_msi)
@@ -106,6 +107,12 @@ class VirtioPci:
 
         return rung
 
+    def _notified(self, index: int) -> None:
+        if not self.core.device.serves_at_once:
+            self._doorbells[index].ring()
+        elif self.function.is_master:
+            self.core.kick(index)
+
     def _kick_again(self, index: int) -> None:
         self._doorbells[index].ring()
 
@@ -128,6 +135,8 @@ class VirtioPci:
         window = next((each for each in self.function.windows() if each.bar.index == VIRTIO_BAR), None)
         for index, doorbell in enumerate(self._doorbells):
             enabled = index < len(self.core.running) and self.core.running[index].enabled
+            if self.core.device.serves_at_once:
+                continue
             if window is not None and enabled and self.function.is_decoded(window.address):
                 doorbell.attach(window.address + NOTIFY + NOTIFY_MULTIPLIER * index)
             else:
@@ -160,7 +169,7 @@ class VirtioPci:
             # The address says which queue, and so must the value; only the former is asked.
             index, odd = divmod(at, NOTIFY_MULTIPLIER)
             if index < self._queue_count and not odd:
-                self._doorbells[index].ring()
+                self._notified(index)
             else:
                 self.core.ignored += 1
         elif area == DEVICE_CONFIG:
