@@ -6,7 +6,7 @@ PY := .venv/bin/python
 CARGO ?= cargo
 RUST_SOURCES := $(shell find rust -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: help setup run test test-rust test-python lint fuzz bench bars test-kvm conformance clean
+.PHONY: help setup run test test-rust test-python lint fuzz bench bars hostile test-kvm conformance clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench: setup ## Engine speed, start to power-off, programs in a guest, beside QE
 bars: setup ## Every promised figure, measured for real; takes long
 	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap
 	@$(PY) -m benches.bars $(BARS)
+
+hostile: setup ## A million random and damaged requests and accesses at every virtio device
+	@$(PY) -m benches.hostile $(HOSTILE)
 
 test-kvm: setup ## The KVM accelerator on a real KVM, nested in QEMU's emulation of one
 	@command -v qemu-system-x86_64 mmdebstrap >/dev/null || tools/apt-install qemu-system-x86 mmdebstrap
