@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("run")(run.command)
 for command in guests.COMMANDS:
     app.command()(command)
+app.command("console")(guests.attach_console)
 app.command("exec", context_settings={"allow_interspersed_args": False})(inside.execute)
 app.command("cp")(inside.copy)
 app.command("doctor")(doctor.command)

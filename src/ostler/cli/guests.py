@@ -123,14 +123,17 @@ def logs(
     name: Any_,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the guest ends.")] = False,  # noqa: FBT002
     tail: Annotated[int | None, typer.Option("--tail", "-n", min=0, metavar="N", help="The last lines only.")] = None,
+    console: Annotated[bool, typer.Option("--console", help="The console's, not the command's.")] = False,  # noqa: FBT002
 ) -> None:
-    """Print what a guest has said on its console.
+    """Print what a guest's command has said, or its console where it has no command.
 
     [bold]Example:[/bold]  ostler logs -f -n 20 web
     """
     from ostler.client import guests
 
-    for data in guests.follow_console(_find(name), lines=tail, follow=follow):
+    entry = _find(name)
+    read = guests.follow_console if console or not entry.facts.get("command") else guests.follow_output
+    for data in read(entry, lines=tail, follow=follow):
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
@@ -201,7 +204,7 @@ def rm(
         guests.remove(entry, force=force)
 
 
-def console(
+def attach_console(
     name: Running,
     backlog: Annotated[
         int, typer.Option(min=0, max=4 << 20, metavar="BYTES", help="Show what was said before.")
@@ -224,4 +227,4 @@ def schema() -> None:
     sys.stdout.write(json.dumps(described(), indent=2) + os.linesep)
 
 
-COMMANDS = (ps, inspect, stats, logs, console, pause, resume, stop, kill, wait, rm, schema)
+COMMANDS = (ps, inspect, stats, logs, pause, resume, stop, kill, wait, rm, schema)

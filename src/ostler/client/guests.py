@@ -139,6 +139,16 @@ def follow_console(entry: Entry, *, lines: int | None, follow: bool) -> Iterator
     yield _last_lines(logfile.read(entry.console_log), lines)
 
 
+def follow_output(entry: Entry, *, lines: int | None, follow: bool) -> Iterator[bytes]:
+    """The same of what a detached guest's command says: a file that its keeper writes."""
+    if not follow:
+        yield _last_lines(logfile.read(entry.output_log), lines)
+        return
+    said = logfile.follow(entry.output_log, is_over=lambda: not entry.is_running())
+    yield _last_lines(next(said, b""), lines)
+    yield from said
+
+
 def _said(verdict: Verdict | None) -> dict[str, Any]:
     return {} if verdict is None else {"status": verdict.status, "reason": verdict.reason}
 

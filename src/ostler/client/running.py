@@ -71,13 +71,10 @@ class RunningGuest:
 
     def _network(self) -> dict[str, Any]:
         """What the VM process says of the guest's interfaces: their addresses are chosen where the network is."""
-        facts = guests.request(self.entry, "inspect")
-        found: dict[str, Any] = {"interfaces": [], "routes": [], "dns": []}
-        for net in facts.get("networks", []):
-            found["interfaces"].append({"mac": net["mac"], "mtu": net.get("mtu"), "addresses": net["addresses"]})
-            found["routes"] += [{"to": "default", "via": gateway} for gateway in net["gateways"]]
-            found["dns"] += net["dns"]
-        return {name: value for name, value in found.items() if value}
+        if not self.plan.spec.nets:
+            return {}
+        known: dict[str, Any] = guests.request(self.entry, "inspect").get("network", {})
+        return {name: value for name, value in known.items() if value}
 
     def release(self) -> None:
         """Let the guest go on by itself."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 LOG_BYTES = 4 << 20
 OLDER = ".1"
+FOLLOW_SLICE_S = 0.1
 
 
 class RotatedLog:
@@ -47,3 +51,34 @@ def read(path: Path) -> bytes:
         with contextlib.suppress(FileNotFoundError):
             kept += part.read_bytes()
     return kept
+
+
+def follow(path: Path, *, is_over: Callable[[], bool]) -> Iterator[bytes]:
+    """All that is kept of a log in one piece, then what is added, through rotations, until `is_over`."""
+    with contextlib.ExitStack() as held:
+        file: BinaryIO | None = None
+        first = True
+        while True:
+            # Asked before the reading: what was written until the end is read after it.
+            ending = is_over()
+            said = b""
+            if file is None or _is_rotated(path, file):
+                said = file.read() if file else b""
+                with contextlib.suppress(FileNotFoundError):
+                    file = held.enter_context(path.open("rb"))
+                if first:
+                    said = read(path.with_name(path.name + OLDER))
+            said += file.read() if file else b""
+            if said or first:
+                yield said
+            first = False
+            if ending:
+                return
+            time.sleep(FOLLOW_SLICE_S)
+
+
+def _is_rotated(path: Path, file: BinaryIO) -> bool:
+    try:
+        return path.stat().st_ino != os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        return False

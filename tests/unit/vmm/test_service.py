@@ -231,16 +231,6 @@ def test_connection_of_an_ended_guest_is_lost_and_a_new_one_refused(served: Star
         guest.connect()
 
 
-def test_console_log_is_rotated_once(tmp_path: Path) -> None:
-    log = RotatedLog(tmp_path / "console.log", limit_bytes=10)
-    for number in range(6):
-        log.write(b"%d" % number * 6)
-    log.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["console.log", "console.log.1"]
-    assert log.tail(14) == b"33444444555555"
-    assert log.tail(3) == b"555"
-
-
 def test_bug_in_an_operation_is_answered_and_the_guest_lives(served: Start, capsys: pytest.CaptureFixture[str]) -> None:
     def broken() -> dict[str, object]:
         raise KeyError(0)
