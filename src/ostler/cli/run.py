@@ -80,6 +80,9 @@ def command(  # noqa: PLR0913 - one parameter per option
     persist: Annotated[
         str | None, typer.Option(metavar="NAME", help="Keep the root disk's changes under this name.")
     ] = None,
+    seed: Annotated[
+        str | None, typer.Option(metavar="PATH", help="cloud-init's user data: a file, or a folder with user-data.")
+    ] = None,
     hostname: Annotated[str | None, typer.Option(metavar="NAME", help="In the guest; by default its name.")] = None,
     dns: Annotated[Repeated, typer.Option(metavar="ADDRESS", help="A name server; repeatable.")] = None,
     ssh_key: Annotated[Repeated, typer.Option(metavar="KEY", help="A public key for root; repeatable.")] = None,
@@ -115,6 +118,7 @@ def command(  # noqa: PLR0913 - one parameter per option
         "image": image, "kernel": kernel, "initrd": initrd, "append": append, "command": words, "name": name,
         "hostname": hostname, "memory": memory, "cpus": cpus, "cpu": cpu, "accel": accel, "disks": disk, "nets": net,
         "ports": publish, "volumes": volume, "env": env, "workdir": workdir, "user": user, "persist": persist,
+        "seed": seed,
         "dns": dns, "ssh_keys": ssh_key, "test_devices": test_devices or None,
     }  # fmt: skip
     request = read_request(file, **given) if file else parse_request(**given)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ostler.client import persist
 from ostler.client.job import Job
 from ostler.config import GuestRequest, GuestSpec, parse_guest
 from ostler.config.devices import DiskSpec, NetSpec
 from ostler.control.runtime import check_name, new_name
 from ostler.errors import BadRequest, NoSuchImage
-from ostler.images import KERNELS, debian, initrd, store
+from ostler.images import KERNELS, debian, initrd, persist, seed, store
 from ostler.images.ensure import ensure
 from ostler.images.progress import Progress, silent
 
@@ -61,12 +60,12 @@ def make(request: GuestRequest, *, progress: Progress = silent) -> Plan:
     nets = request.nets if request.nets is not None else (NetSpec(),)
     if request.ports and not any(net.kind == "passt" for net in nets):
         raise BadRequest("ports: expected a passt network beside them, which is what forwards them")
-    root, is_kept = _root_disk(request, image, progress)
+    root, is_kept = _root_disk(request, image)
     ramdisk = initrd.agent_initrd(image.modules, progress)
     spec = parse_guest(
         kernel=image.kernel, initrd=ramdisk, append=_command_line(request, image),
         memory=request.memory, cpus=request.cpus, cpu=request.cpu, accel=request.accel,
-        disks=(root, *request.disks), nets=nets, ports=request.ports, shares=request.volumes,
+        disks=(root, *_seed(request), *request.disks), nets=nets, ports=request.ports, shares=request.volumes,
         vsock_cid=GUEST_CID if request.vsock else None, rng=request.rng, balloon=request.balloon,
         test_devices=request.test_devices,
     )  # fmt: skip
@@ -83,12 +82,9 @@ def make(request: GuestRequest, *, progress: Progress = silent) -> Plan:
 
 
 def _image(name: str, persistent: str | None, progress: Progress) -> Image:
-    """The image; for a persistent disk the one it was made of, should `name` have come to mean another since."""
-    if persistent is not None and (digest := persist.made_of(persistent)) is not None:
-        image = store.find(digest)
-        recipe = store.recipe_of(name)
-        if image is not None and recipe is not None and image.config.reference == recipe.reference:
-            return image
+    """The image; for a persistent disk its own copy of the one it was made of."""
+    if persistent is not None:
+        return persist.obtain(persistent, name, lambda: _image(name, None, progress), progress)
     # A registry's images are asked for by host or path: a mistyped name must not cost a look at one.
     if not set(name) & set("/:.") and debian.release_of(name) is None and store.find(name) is None:
         known = sorted({*store.names(), "debian", *KERNELS})
@@ -98,11 +94,18 @@ def _image(name: str, persistent: str | None, progress: Progress) -> Image:
     return ensure(name, progress)
 
 
-def _root_disk(request: GuestRequest, image: Image, progress: Progress) -> tuple[DiskSpec, bool]:
+def _root_disk(request: GuestRequest, image: Image) -> tuple[DiskSpec, bool]:
     """The disk with the root file system, and whether what is written to it stays."""
     if request.persist is None:
         return DiskSpec(path=image.disk, format="raw", overlay=True), False
-    return DiskSpec(path=persist.persistent_disk(request.persist, image, progress), format="raw"), True
+    return DiskSpec(path=image.disk, format="raw"), True
+
+
+def _seed(request: GuestRequest) -> tuple[DiskSpec, ...]:
+    """The disk that a cloud image's first boot looks for."""
+    if request.seed is None:
+        return ()
+    return (DiskSpec(path=seed.obtain(request.seed), format="raw", read_only=True, serial=seed.VOLUME),)
 
 
 def _command_line(request: GuestRequest, image: Image) -> str:

@@ -114,6 +114,7 @@ class GuestRequest(BaseModel):
     persist: Annotated[str, AfterValidator(_name)] | None = Field(
         None, description="Keep what the guest writes to its root disk under this name."
     )
+    seed: File | None = Field(None, description="User data for cloud-init: a file, or a folder with user-data.")
     dns: tuple[Address, ...] = Field((), description="Name servers, instead of those of the network.")
     ssh_keys: tuple[TextLine, ...] = Field((), description="Public keys for root.")
     vsock: bool = True

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -25,7 +25,7 @@ import platformdirs
 from ostler.errors import BadRequest, ImageError
 from ostler.host import files
 from ostler.host.locks import claim_disk
-from ostler.images import cache
+from ostler.images import cache, store
 from ostler.images.progress import Progress, silent
 from ostler.images.schema import DISK_FILE, ImageConfig
 from ostler.images.store import CONFIG_FILE, Image
@@ -39,24 +39,35 @@ def root() -> Path:
     return (Path(chosen) if chosen else platformdirs.user_data_path("ostler")) / "guests"
 
 
-def obtain(name: str, image: Image, progress: Progress = silent) -> Image:
-    """Return the persistent copy `name`, made from `image` at its first use. Its disk is writable, and not locked yet.
+def obtain(name: str, image_name: str, ensure: Callable[[], Image], progress: Progress = silent) -> Image:
+    """Return the persistent copy `name`, made at its first use from the image that `ensure` then gives.
+
+    Its disk is writable, and not locked yet.
 
     Raises:
-        BadRequest: it was made from an image of another name.
-        ImageError: it cannot be written, or is damaged.
+        BadRequest: it was made from another image than `image_name`.
+        ImageError: it cannot be written, or is damaged; also whatever `ensure` raises.
     """
     found = find(name)
     if found is None:
+        image = ensure()
         with cache.locked(f"persist-{quote(name, safe='')}", progress):
             found = find(name) or _make(name, image, progress)
-    made_from = _origin(found.path).get("image", "")
-    if made_from != image.name and found.digest != image.digest:
-        raise BadRequest(
-            f"persistent disk {name!r}: was made from the image {made_from}, expected one of {image.name}; "
-            f"`ostler disk rm {name}` removes it"
-        )
+    _check_origin(found, image_name)
     return found
+
+
+def _check_origin(found: Image, image_name: str) -> None:
+    made_from = _origin(found.path).get("image", "")
+    if made_from == image_name:
+        return
+    # Another name of the same image, or of a later build of it, will do.
+    recipe = store.recipe_of(image_name)
+    if recipe is None or recipe.reference != found.config.reference:
+        raise BadRequest(
+            f"persistent disk {found.name!r}: was made from the image {made_from}, expected one of {image_name}; "
+            f"`ostler disk rm {found.name}` removes it"
+        )
 
 
 def find(name: str) -> Image | None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ostler.errors import BadRequest, ImageError
+from ostler.images import cache
 
 VOLUME = "cidata"
+SEED_FILE = "seed.iso"
 MAX_BYTES = 16 << 20
 _FILES = ("user-data", "meta-data", "network-config", "vendor-data")
 _MARKS = (b"#cloud-config", b"#!", b"#include", b"#cloud-boothook", b"#part-handler", b"## template:", b"Content-Type:",
@@ -73,6 +76,35 @@ def from_path(source: Path, target: Path) -> Path:
         target, user_data=found.get("user-data", b""), meta_data=found.get("meta-data"),
         network=found.get("network-config"), vendor_data=found.get("vendor-data"),
     )  # fmt: skip
+
+
+def obtain(source: Path) -> Path:
+    """Return the seed of a file or folder, made once and kept in the cache; only its user may read it.
+
+    Raises:
+        BadRequest, ImageError: as `from_path`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = from_path(source, Path(scratch) / SEED_FILE)
+        # Its dates differ every time, so the name comes from what went in.
+        name = f"seeds/{_digest_of_source(source)}"
+
+        def build_entry(folder: Path) -> dict[str, Any]:
+            (folder / SEED_FILE).touch(mode=0o600)
+            (folder / SEED_FILE).write_bytes(fresh.read_bytes())
+            return {}
+
+        return cache.obtain(name, build_entry).path / SEED_FILE
+
+
+def _digest_of_source(source: Path) -> str:
+    files = [source / name for name in _FILES] if source.is_dir() else [source]
+    found = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            data = file.read_bytes()
+            found.update(f"{file.name if source.is_dir() else ''}\0{len(data)}\0".encode() + data)
+    return found.hexdigest()[:32]
 
 
 def _text(data: Mapping[str, Any] | bytes | None) -> bytes | None:

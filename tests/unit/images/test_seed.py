@@ -70,3 +70,18 @@ def test_seed_of_nothing_is_a_bad_request(tmp_path: Path) -> None:
         seed.build(tmp_path / "seed.iso", user_data=b"password: x\n")
     with pytest.raises(BadRequest, match="larger than 16 MiB"):
         seed.build(tmp_path / "seed.iso", user_data=b"#!/bin/sh\n" + bytes(17 << 20))
+
+
+def test_seed_of_the_same_content_is_made_once_and_nobody_else_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OSTLER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "user-data").write_bytes(USER)
+
+    first = seed.obtain(tmp_path / "user-data")
+    assert first == seed.obtain(tmp_path / "user-data")
+    (tmp_path / "user-data").write_bytes(USER + b"#\n")
+
+    assert seed.obtain(tmp_path / "user-data") != first
+    assert first.stat().st_mode & 0o777 == 0o600
+    assert read(first)["user-data"] == USER
