@@ -91,7 +91,7 @@ def build_agent() -> None:
         cargo = os.environ.get("CARGO", "cargo")
         # Flags from outside would replace the static ones of .cargo/config.toml.
         environment = {name: value for name, value in os.environ.items() if "RUSTFLAGS" not in name}
-        command = [cargo, "build", "--release", "--locked", "--quiet", "--target-dir", target]
+        command = [cargo, "build", "--release", "--locked", "--quiet", "--target-dir", str(target)]
         subprocess.run(command, cwd=AGENT_SOURCE, check=True, env=environment)
         AGENT.parent.mkdir(parents=True, exist_ok=True)
         # Beside it and renamed: a guest that is just being started must not read half of it.
