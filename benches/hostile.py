@@ -45,9 +45,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--attempts", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("devices", nargs="*", default=list(VICTIMS), choices=[*VICTIMS, []])
+    parser.add_argument("devices", nargs="*", metavar="device", help=", ".join(VICTIMS))
     given = parser.parse_args()
-    results = [attack(name, given.attempts, given.seed) for name in given.devices]
+    results = [attack(name, given.attempts, given.seed) for name in given.devices or VICTIMS]
     return 0 if all(results) else 1
 
 

@@ -9,24 +9,40 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from ostler.abi.virtio import blk
 from ostler.backends.disk import open_raw
 from ostler.backends.disk_overlay import open_overlay
 from ostler.backends.loop import Host
+from ostler.backends.storage_daemon import StorageDaemon
+from ostler.backends.vhost_user import Launcher, VhostUser
+from ostler.backends.vhost_user_ring import RING_SIZE
+from ostler.backends.virtiofsd import Virtiofsd
 from ostler.backends.vsock import VsockSockets
 from ostler.config import GuestSpec
-from ostler.config.devices import DiskSpec
+from ostler.config.devices import DiskSpec, ShareSpec
 from ostler.control.runtime import VSOCK_SOCKET
 from ostler.devices.virtio.balloon import Balloon
 from ostler.devices.virtio.blk import Block, Disk
 from ostler.devices.virtio.device import VirtioDevice
+from ostler.devices.virtio.external import ExternalBlock, SharedFolder
 from ostler.devices.virtio.rng import Entropy
 from ostler.devices.virtio.vsock import VsockDevice
 from ostler.errors import BadRequest
+from ostler.host.disk_format import disk_format
 
 MAX_BLOCK_QUEUES = 4
-QCOW2_MAGIC = b"QFI\xfb"
+BLK_CONFIG_BYTES = 60
+# What another program may offer a guest's block driver.
+BLK_FEATURES = 1 << blk.VIRTIO_BLK_F_CONFIG_WCE | sum(
+    1 << bit
+    for bit in (
+        blk.VIRTIO_BLK_F_SEG_MAX, blk.VIRTIO_BLK_F_RO, blk.VIRTIO_BLK_F_BLK_SIZE, blk.VIRTIO_BLK_F_FLUSH,
+        blk.VIRTIO_BLK_F_TOPOLOGY, blk.VIRTIO_BLK_F_MQ, blk.VIRTIO_BLK_F_DISCARD, blk.VIRTIO_BLK_F_WRITE_ZEROES,
+    )
+)  # fmt: skip
 
 Function = tuple[str, VirtioDevice]
 
@@ -46,9 +62,9 @@ def build(spec: GuestSpec, stack: contextlib.ExitStack, around: Surroundings) ->
     """Every PCI function of the guest, in the order of the bus. Raises OstlerError for what cannot be opened."""
     functions: list[Function] = []
     for number, disk in enumerate(spec.disks):
-        # One queue a processor, as drivers like it, and no more threads' worth than the host will serve.
-        device = Block(_open(disk, stack), queue_count=min(spec.cpus, MAX_BLOCK_QUEUES))
-        functions.append((f"disk{number}", device))
+        functions.append((f"disk{number}", _disk(disk, f"disk{number}", spec, stack, around)))
+    for number, share in enumerate(spec.shares):
+        functions.append((f"share{number}", _share(share, f"share{number}", stack, around)))
     if spec.balloon:
         functions.append(("balloon", Balloon(spec.memory_bytes)))
     if spec.rng:
@@ -67,21 +83,43 @@ def _vsock(cid: int, stack: contextlib.ExitStack, around: Surroundings) -> Virti
     return device
 
 
+def _disk(
+    disk: DiskSpec, name: str, spec: GuestSpec, stack: contextlib.ExitStack, around: Surroundings
+) -> VirtioDevice:
+    """A raw disk is served here, any other format by QEMU's program."""
+    # One queue a processor, as drivers like it, but no crowd of them.
+    queue_count = min(spec.cpus, MAX_BLOCK_QUEUES)
+    image_format = disk_format(disk.path, disk.format)
+    if image_format == "raw":
+        return Block(_open(disk, stack), queue_count=queue_count)
+    daemon = StorageDaemon(
+        disk.path, image_format, read_only=disk.read_only, overlay=disk.overlay, queue_count=queue_count
+    )
+    stack.callback(daemon.close)
+    server = _server(daemon, name, stack, around, queue_count=queue_count, config_bytes=BLK_CONFIG_BYTES)
+    return ExternalBlock(server, queue_sizes=(RING_SIZE,) * queue_count, feature_mask=BLK_FEATURES)
+
+
+def _share(share: ShareSpec, tag: str, stack: contextlib.ExitStack, around: Surroundings) -> VirtioDevice:
+    virtiofsd = Virtiofsd(share.host, read_only=share.read_only)
+    server = _server(virtiofsd, tag, stack, around, queue_count=SharedFolder.QUEUES, config_bytes=0)
+    return SharedFolder(server, tag, queue_size=RING_SIZE)
+
+
+def _server(
+    launcher: Launcher, name: str, stack: contextlib.ExitStack, around: Surroundings, *,
+    queue_count: int, config_bytes: int,
+) -> VhostUser:  # fmt: skip
+    report = partial(around.report, name)
+    return stack.enter_context(
+        VhostUser(launcher, around.host, queue_count=queue_count, config_bytes=config_bytes, report=report)
+    )
+
+
 def _open(disk: DiskSpec, stack: contextlib.ExitStack) -> Disk:
-    if disk.format == "qcow2" or (disk.format == "auto" and _is_qcow2(disk.path)):
-        raise BadRequest(f"disk {disk.path}: qcow2 is not served yet, expected a raw file or block device")
     if disk.overlay:
         overlay = open_overlay(disk.path)
         stack.callback(overlay.close)
         overlay.serial = disk.serial or overlay.serial
         return overlay
     return stack.enter_context(open_raw(disk.path, read_only=disk.read_only, serial=disk.serial))
-
-
-def _is_qcow2(path: Path) -> bool:
-    """Whether the file says so itself; one that cannot be read is for `open_raw` to complain of."""
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == QCOW2_MAGIC
-    except OSError:
-        return False

@@ -63,7 +63,7 @@ class QueueLayout:
 class Chain:
     """One descriptor chain: checked, bounded, as views of guest memory."""
 
-    __slots__ = ("head", "ranges", "readable", "readable_bytes", "writable", "writable_bytes")
+    __slots__ = ("head", "parts", "readable", "readable_bytes", "writable", "writable_bytes")
 
     def __init__(self, head: int) -> None:
         self.head = head
@@ -73,8 +73,13 @@ class Chain:
         """Device to driver."""
         self.readable_bytes = 0
         self.writable_bytes = 0
-        self.ranges: list[tuple[int, int]] = []
+        self.parts: list[tuple[int, int]] = []
+        """Guest-physical address and size of each part, readable ones first."""
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
         """Guest-physical address and size of each writable part."""
+        return self.parts[len(self.readable) :]
 
     def read(self, limit: int | None = None) -> bytes:
         """A copy of the readable part, of its first `limit` bytes if given."""
@@ -290,9 +295,9 @@ class Virtqueue:
             view = self.memory.view(gpa, length)
         except MemoryFault as error:
             raise QueueError(f"chain at {chain.head}: {error}") from error
+        chain.parts.append((gpa, length))
         if flags & VRING_DESC_F_WRITE:
             chain.writable.append(view)
-            chain.ranges.append((gpa, length))
             chain.writable_bytes += length
         elif chain.writable:
             raise QueueError(f"chain at {chain.head}: a readable part behind a writable one")

@@ -1,0 +1,168 @@
+"""Devices whose requests another program serves: disks in formats of their own, shared folders.
+
+Chains are taken from the guest's rings and checked here, handed to a `Server` as guest addresses, and given back when
+it has finished. If the server starts afresh, everything it had not answered is handed over again in its old order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ostler.abi.virtio.common import DeviceId
+from ostler.devices.virtio.device import VirtioDevice, read_field
+from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
+from ostler.errors import HostError
+from ostler.memory import GuestMemory
+
+Part = tuple[int, int]
+
+
+class Ring(Protocol):
+    """A server's queue."""
+
+    @property
+    def has_room(self) -> bool: ...
+
+
+class Server(Protocol):
+    """Who does the work; `ostler.backends.vhost_user` has it in full."""
+
+    features: int
+    config: bytes
+
+    @property
+    def rings(self) -> Sequence[Ring]: ...
+    def attach(
+        self,
+        completed: Callable[[int, list[tuple[int, int]]], None],
+        restarted: Callable[[], None],
+        lost: Callable[[], None],
+    ) -> None: ...
+    def start(self, memory: GuestMemory, features: int, queues: Sequence[int]) -> None: ...
+    def stop(self) -> None: ...
+    def submit(self, queue: int, readable: Sequence[Part], writable: Sequence[Part]) -> int: ...
+    def notify(self, queue: int) -> None: ...
+    def write_config(self, offset: int, data: bytes) -> None: ...
+
+
+class ExternalDevice(VirtioDevice):
+    """A device served by another program."""
+
+    def __init__(self, server: Server, *, queue_sizes: tuple[int, ...], feature_mask: int) -> None:
+        """`feature_mask` is what of the server's features this device may offer."""
+        super().__init__()
+        self.queue_sizes = queue_sizes
+        self.features = server.features & feature_mask
+        self._server = server
+        self._queues: Sequence[Virtqueue] = ()
+        self._under_way: list[dict[int, Chain]] = [{} for _ in queue_sizes]
+        self._negotiated = 0
+        self._stopping = False
+        server.attach(self._completed, self._restarted, self._lost)
+
+    def activate(self, queues: Sequence[Virtqueue], features: int) -> None:
+        self._queues, self._negotiated = queues, features & self.features
+        self._start()
+
+    def kicked(self, index: int) -> None:
+        if index >= len(self._queues) or self._stopping:
+            return
+        queue, ring, under_way = self._queues[index], self._server.rings[index], self._under_way[index]
+        submitted = False
+        while ring.has_room and (chain := queue.pop()) is not None:
+            under_way[self._submit(index, chain)] = chain
+            submitted = True
+        if submitted:
+            self._server.notify(index)
+
+    def reset(self) -> None:
+        if self._queues:
+            self._stop()
+        self._queues = ()
+        for under_way in self._under_way:
+            under_way.clear()
+
+    def drain(self) -> None:
+        """Have everything answered; the server starts again with what the guest asks next."""
+        if not self._queues:
+            return
+        self._stop()
+        try:
+            self._start()
+        except QueueError as error:
+            self.broken(error)
+
+    def read_config(self, offset: int, size: int) -> int:
+        return read_field(self._server.config, offset, size)
+
+    def _start(self) -> None:
+        enabled = [index for index, queue in enumerate(self._queues) if queue.enabled]
+        try:
+            self._server.start(self._queues[0].memory, self._negotiated, enabled)
+        except HostError as error:
+            raise QueueError(f"no server: {error}") from error
+
+    def _stop(self) -> None:
+        """Completions still come, and are passed on, while the server finishes; nothing new is handed to it."""
+        self._stopping = True
+        self._server.stop()
+        self._stopping = False
+
+    def _submit(self, index: int, chain: Chain) -> int:
+        count = len(chain.readable)
+        return self._server.submit(index, chain.parts[:count], chain.parts[count:])
+
+    def _completed(self, index: int, done: list[tuple[int, int]]) -> None:
+        if index >= len(self._queues):
+            return
+        queue, under_way = self._queues[index], self._under_way[index]
+        for slot, written in done:
+            chain = under_way.pop(slot, None)
+            if chain is not None:
+                queue.push(chain, min(written, chain.writable_bytes))
+        try:
+            self.kicked(index)
+        except QueueError as error:
+            self.broken(error)
+        queue.flush()
+
+    def _restarted(self) -> None:
+        for index, under_way in enumerate(self._under_way):
+            chains = list(under_way.values())
+            under_way.clear()
+            for chain in chains:
+                under_way[self._submit(index, chain)] = chain
+            if chains:
+                self._server.notify(index)
+
+    def _lost(self) -> None:
+        self.broken(QueueError("its server is gone"))
+
+
+class ExternalBlock(ExternalDevice):
+    """A disk served by another program, with its configuration from there."""
+
+    device_type = DeviceId.BLOCK
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        self._server.write_config(offset, value.to_bytes(size, "little"))
+
+
+class SharedFolder(ExternalDevice):
+    """A folder of the host by FUSE requests, virtio 1.2 section 5.11."""
+
+    device_type = DeviceId.FS
+
+    TAG_BYTES, QUEUES = 36, 2
+
+    def __init__(self, server: Server, tag: str, *, queue_size: int) -> None:
+        """`tag` is what the guest mounts it by. One queue of urgent requests and one of all others."""
+        super().__init__(server, queue_sizes=(queue_size,) * self.QUEUES, feature_mask=0)
+        name = tag.encode()
+        if not 0 < len(name) <= self.TAG_BYTES:
+            raise ValueError(f"tag {tag!r}: expected 1 to {self.TAG_BYTES} bytes")
+        self._config = name.ljust(self.TAG_BYTES, b"\0") + (1).to_bytes(4, "little")
+
+    def read_config(self, offset: int, size: int) -> int:
+        return read_field(self._config, offset, size)
