@@ -132,7 +132,7 @@ def logs(
     from ostler.client import guests
 
     entry = _find(name)
-    read = guests.follow_console if console or not entry.facts.get("command") else guests.follow_output
+    read = guests.follow_output if entry.facts.get("service") and not console else guests.follow_console
     for data in read(entry, lines=tail, follow=follow):
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()

@@ -65,7 +65,10 @@ def _serve(guest: RunningGuest, wanted: Plan, phases: Phases, *, tty: bool | Non
 
 
 def run_detached(request: GuestRequest, *, remove: bool) -> None:
-    """Start the guest, wait until its agent answers and its command runs, print its name and leave it alone."""
+    """Start the guest, wait until its agent answers and its command runs, print its name and leave it alone.
+
+    A guest that was given no command runs until it is stopped.
+    """
     with progress.shown() as shown, ExitStack() as undo:
         wanted = plan.make(request, progress=shown)
         undo.enter_context(terminal.orderly_signals())
@@ -73,7 +76,7 @@ def run_detached(request: GuestRequest, *, remove: bool) -> None:
         if wanted.boot == "agent" or wanted.job.argv:
             shown("waiting for the guest")
             guest.configure()
-        if wanted.job.argv:
+        if wanted.job.argv and wanted.is_service:
             keeper.start(guest.entry, wanted.job)
         guest.release()
         undo.pop_all()

@@ -34,6 +34,9 @@ class Plan:
     job: Job
     boot: str
     """`agent` or `init`: who the guest's first process is."""
+    is_service: bool
+    """Whether the command is one to stay with: it was given, or it is what a registry's image is there for, and not
+    the shell of a system."""
     is_durable: bool
     """Whether it may have written to something that outlives it, and so has to be shut down in order."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -70,13 +73,15 @@ def make(request: GuestRequest, *, progress: Progress = silent) -> Plan:
         test_devices=request.test_devices,
     )  # fmt: skip
     is_durable = is_kept or any(not (disk.read_only or disk.overlay) for disk in request.disks)
+    is_service = bool(request.command) or image.config.source == "oci"
     return Plan(
         name=name,
         spec=spec,
         job=_job(request, image),
         boot=image.config.boot,
+        is_service=is_service,
         is_durable=is_durable,
-        facts={**_facts(request, image), "durable": is_durable},
+        facts={**_facts(request, image), "durable": is_durable, "service": is_service},
         settings=_settings(request, name),
     )
 
@@ -109,7 +114,8 @@ def _seed(request: GuestRequest) -> tuple[DiskSpec, ...]:
 
 
 def _command_line(request: GuestRequest, image: Image) -> str:
-    words = ["console=ttyS0", f"ostler.root={image.config.disk.root}"]
+    # The kernel's tests of its own cryptography are half of what an emulated processor does until it is up.
+    words = ["console=ttyS0", "cryptomgr.notests", f"ostler.root={image.config.disk.root}"]
     if image.config.boot == "init":
         words.append("ostler.init=auto")
     # On an emulated processor the kernel's chatter costs a tenth of the boot.

@@ -17,7 +17,7 @@ from ostler.client.plan import Plan
 from ostler.client.watch import Watch
 from ostler.control.launch import Launched, launch
 from ostler.control.runtime import Entry
-from ostler.errors import AgentError, OstlerError
+from ostler.errors import AgentError, HostError, OstlerError
 
 # A guest under emulation on a busy machine takes its time; whoever waits can interrupt.
 BOOT_TIMEOUT_S = 600.0
@@ -60,6 +60,13 @@ class RunningGuest:
         """Whether the guest has powered off or rebooted by itself."""
         end = self._watch.end(timeout_s=0.2)
         return end is not None and end.get("reason") in {"power-off", "reset"}
+
+    def wait(self, timeout_s: float | None) -> dict[str, Any]:
+        """Wait until the guest ends by itself; how it did. Raises HostError after the time-out."""
+        end = self._watch.end(timeout_s=timeout_s)
+        if end is None:
+            raise HostError(f"guest {self.entry.name!r}: still runs after {timeout_s:g} s")
+        return end
 
     def configure(self) -> None:
         """Hand the settings over: hostname, network, name servers, keys, mounts."""

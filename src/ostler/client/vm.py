@@ -94,7 +94,7 @@ class VM:
 
     def wait(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """Wait until the guest ends by itself; how it did, as `ostler wait --json` has it."""
-        return guests.wait(self._running().entry, timeout_s=timeout_s)
+        return self._running().wait(timeout_s)
 
     def __enter__(self) -> Self:
         return self.start()
