@@ -97,11 +97,23 @@ class Passt:
 
     features = OFFLOADS
     header_bytes = 0
-    mtu = MTU
 
-    def __init__(self, options: PasstOptions, host: Host, *, report: Callable[[str], None]) -> None:
-        """`report` is told one line when passt dies. Raises HostError, BadRequest for ports that cannot be had."""
-        self.addresses = addresses(options)
+    def __init__(
+        self,
+        options: PasstOptions,
+        host: Host,
+        *,
+        report: Callable[[str], None],
+        guest: GuestAddresses | None = None,
+    ) -> None:
+        """`report` is told one line when passt dies; `guest` are addresses other than the usual ones.
+
+        Raises HostError, BadRequest for ports that cannot be had.
+        """
+        self.addresses = guest or addresses(options)
+        self.mtu = self.addresses.mtu
+        self.on_down: Callable[[], None] = _nothing
+        """Called under the lock when the network is gone for good."""
         self._options = options
         self._host = host
         self._report = report
@@ -273,6 +285,8 @@ class Passt:
             self._socket, self._helper = self._start()
         except HostError as error:
             self._report(f"{report}; the network is down: {error}")
+            with self._host.lock:
+                self.on_down()
             return
         self._lost = False
         self._report(f"{report}; started again, open connections are lost")

@@ -42,14 +42,25 @@ class Tap:
     features = HOST_OFFLOADS | sum(GUEST_OFFLOADS)
     header_bytes = HEADER_BYTES
 
-    def __init__(self, name: str, host: Host, *, report: Callable[[str], None], bridge: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        host: Host,
+        *,
+        report: Callable[[str], None],
+        bridge: str | None = None,
+        mtu: int | None = None,
+    ) -> None:
         """Use the interface `name`, or with `bridge` make one for it, `name` being a pattern such as `ostler%d`.
 
-        `report` is told one line when the interface goes away. Raises BadRequest, HostError.
+        `mtu` is the interface's if not given. `report` is told one line when the interface goes away.
+        Raises BadRequest, HostError.
         """
         self._host = host
         self._report = report
         self._deliver: Callable[[Sequence[memoryview]], int] = len
+        self.on_down: Callable[[], None] = _nothing
+        """Called under the lock when the interface has gone away."""
         self._reading = False
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._waiting: list[memoryview] = []
@@ -59,7 +70,7 @@ class Tap:
         try:
             if bridge:
                 _join(self.name, bridge)
-            self.mtu = int((INTERFACES / self.name / "mtu").read_text())
+            self.mtu = mtu or int((INTERFACES / self.name / "mtu").read_text())
         except BaseException:
             os.close(self._fd)
             raise
@@ -131,6 +142,8 @@ class Tap:
     def _lost(self, error: OSError) -> None:
         self._report(f"tap {self.name}: {error.strerror or error}; the network is down")
         self.close()
+        with self._host.lock:
+            self.on_down()
 
     def close(self) -> None:
         """Let go of the interface; one made here vanishes. Loop thread, or after the loop's end."""
@@ -193,3 +206,7 @@ def _join(name: str, bridge: str) -> None:
             route.link("set", index=index, state="up")
     except (NetlinkError, ValueError) as error:
         raise HostError(f"bridge {bridge!r}: {name} cannot be put on it: {error}") from error
+
+
+def _nothing() -> None:
+    """No device is attached yet."""

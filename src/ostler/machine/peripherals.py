@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from ostler.abi.virtio import blk
 from ostler.backends.disk import open_raw
 from ostler.backends.disk_overlay import open_overlay
-from ostler.backends.loop import Host
 from ostler.backends.storage_daemon import StorageDaemon
 from ostler.backends.vhost_user import Launcher, VhostUser
 from ostler.backends.vhost_user_ring import RING_SIZE
@@ -32,6 +30,8 @@ from ostler.devices.virtio.rng import Entropy
 from ostler.devices.virtio.vsock import VsockDevice
 from ostler.errors import BadRequest
 from ostler.host.disk_format import disk_format
+from ostler.machine.networks import Network
+from ostler.machine.surroundings import Surroundings
 
 MAX_BLOCK_QUEUES = 4
 BLK_CONFIG_BYTES = 60
@@ -47,24 +47,19 @@ BLK_FEATURES = 1 << blk.VIRTIO_BLK_F_CONFIG_WCE | sum(
 Function = tuple[str, VirtioDevice]
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What back ends need of the process they live in."""
+def build(
+    spec: GuestSpec, stack: contextlib.ExitStack, around: Surroundings, cards: Sequence[Network] = ()
+) -> list[Function]:
+    """Every PCI function of the guest, in the order of the bus, the network's `cards` among them.
 
-    host: Host
-    folder: Path | None
-    """The guest's runtime folder, where its sockets are; None where it has none, and then it has no vsock."""
-    report: Callable[[str, str], None]
-    """Tell the user of a device's trouble: the device, one line. On the loop's thread."""
-
-
-def build(spec: GuestSpec, stack: contextlib.ExitStack, around: Surroundings) -> list[Function]:
-    """Every PCI function of the guest, in the order of the bus. Raises OstlerError for what cannot be opened."""
+    Raises OstlerError for what cannot be opened.
+    """
     functions: list[Function] = []
     for number, disk in enumerate(spec.disks):
         functions.append((f"disk{number}", _disk(disk, f"disk{number}", spec, stack, around)))
     for number, share in enumerate(spec.shares):
         functions.append((f"share{number}", _share(share, f"share{number}", stack, around)))
+    functions += [(card.name, card.device) for card in cards]
     if spec.balloon:
         functions.append(("balloon", Balloon(spec.memory_bytes)))
     if spec.rng:

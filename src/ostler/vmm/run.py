@@ -31,9 +31,10 @@ from ostler.config import GuestSpec
 from ostler.devices.wiring import PowerEvent
 from ostler.errors import OstlerError
 from ostler.host.folders import cache_root
-from ostler.machine import peripherals
+from ostler.machine import networks, peripherals
 from ostler.machine.board import Wiring
 from ostler.machine.machine import Machine
+from ostler.machine.surroundings import Surroundings
 from ostler.vmm.console import ConsoleFactory, InputFilter, on_descriptors
 from ostler.vmm.crash import crash_error, panic_line
 from ostler.vmm.loop import EventLoop, HostClock
@@ -137,8 +138,9 @@ class GuestProcess:
                 remove_reader=self.loop.remove_reader,
             )
             host = Host(self.loop, self.lock)
-            around = peripherals.Surroundings(host, folder, self._report)
-            functions = peripherals.build(spec, undo, around)
+            around = Surroundings(host, folder, self._report, wiring.clock, wiring.new_timer)
+            self.networks = networks.build(spec.nets, spec.ports, undo, around)
+            functions = peripherals.build(spec, undo, around, self.networks)
             self.machine = undo.enter_context(Machine(spec, opened, wiring, functions=functions))
             self.processors = [
                 Processor(vcpu, self.machine.board, self.console.output, self._outcome) for vcpu in self.machine.vcpus

@@ -23,6 +23,7 @@ from ostler.control import runtime
 from ostler.control.logfile import RotatedLog
 from ostler.control.wire import Message, pack_error
 from ostler.errors import HostError, OstlerError
+from ostler.machine.networks import merged_settings
 from ostler.vmm.hub import HubConsole
 from ostler.vmm.run import GuestProcess, command_line, read_material
 from ostler.vmm.server import ControlServer
@@ -101,6 +102,8 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
             "accelerator": opened.name,
             "masked_features": list(process.machine.masked_features),
             "spec": json.loads(spec.model_dump_json()),
+            # As the agent's `configure` takes it.
+            "network": merged_settings(process.networks),
         }
         service = GuestService(process, server, hubs[0], facts)
         server.service = service

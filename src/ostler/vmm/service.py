@@ -106,6 +106,7 @@ class GuestService:
                 "process_rss_bytes": _resident_bytes(),
             },
         }
+        result["nets"] = [{"name": each.name, **each.device.counters()} for each in self._process.networks]
         return {**result, **{name: counted() for name, counted in self.sources.items()}}
 
     def _pause(self, _connection: Connection, _number: object, _arguments: Message) -> Message:

@@ -113,6 +113,7 @@ class NetDevice(VirtioDevice):
         self._announce = self._restored = False
         self._blocked = self._starved = False
         self._header = bytes(HEADER_BYTES)
+        self._sent_frames = self._sent_bytes = self._received_frames = self._received_bytes = 0
         self.dropped = 0
         """Frames that fitted no buffer, came without a driver, or were none."""
         backend.attach(self.deliver, self._writable)
@@ -121,6 +122,16 @@ class NetDevice(VirtioDevice):
     def mac(self) -> bytes:
         """The address as the driver has set it last."""
         return self._state.mac
+
+    def counters(self) -> dict[str, int]:
+        """Whole frames and their bytes from the guest (sent) and to it (received), and those lost."""
+        return {
+            "sent_frames": self._sent_frames,
+            "sent_bytes": self._sent_bytes,
+            "received_frames": self._received_frames,
+            "received_bytes": self._received_bytes,
+            "dropped_frames": self.dropped,
+        }
 
     def set_link(self, *, up: bool) -> None:
         """Plug or unplug the cable; the driver is told."""
@@ -215,6 +226,8 @@ class NetDevice(VirtioDevice):
             total += size
         if frames:
             self._blocked = not self._backend.send(frames)
+            self._sent_frames += len(frames)
+            self._sent_bytes += total
             if self._tx_limit:
                 self._tx_limit.spend(total)
         for chain in chains:
@@ -288,6 +301,8 @@ class NetDevice(VirtioDevice):
             room += more.writable_bytes
         if room < size:
             return self._undelivered(rx, chains)
+        self._received_frames += 1
+        self._received_bytes += len(frame) - carried
         if len(chains) == 1 and not carried and len(first.writable) == 1:
             # Nearly every small frame: one buffer in one piece.
             view = first.writable[0]
@@ -313,6 +328,7 @@ class NetDevice(VirtioDevice):
         header = bytearray(frame[:carried] if carried else self._header)
         header[net.NUM_BUFFERS_OFFSET :] = len(chains).to_bytes(2, "little")
         parts = [memoryview(header), frame[carried:]]
+        filled = []
         for chain in chains:
             written = 0
             for view in chain.writable:
@@ -324,7 +340,9 @@ class NetDevice(VirtioDevice):
                     rest = parts[0][len(piece) :]
                     parts[:1] = [rest] if rest else []
                 written += at
-            rx.push(chain, written)
+            filled.append((chain, written))
+        # Section 5.1.6.4: a driver that polls must not find a part of a frame.
+        rx.push_together(filled)
 
     # -- control ----------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ that has the event index does without.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -192,6 +192,19 @@ class Virtqueue:
         self._next_used = self._next_used + 1 & 0xFFFF
         self._used[1] = self._next_used
         self.in_flight -= 1
+
+    def push_together(self, chains: Sequence[tuple[Chain, int]]) -> None:
+        """Give chains back that the driver must see at once: it may be looking, and finds all of them or none."""
+        if not self._open:
+            return
+        for number, (chain, written) in enumerate(chains):
+            self._announce(chain.ranges, written)
+            at = (self._next_used + number & self._mask) << 1
+            self._used_ring[at] = chain.head
+            self._used_ring[at + 1] = written
+        self._next_used = self._next_used + len(chains) & 0xFFFF
+        self._used[1] = self._next_used
+        self.in_flight -= len(chains)
 
     def flush(self) -> None:
         """Interrupt the driver if it wants to know of what was pushed since the last time."""

@@ -112,6 +112,16 @@ def test_large_frame_is_merged_over_buffers_of_any_shape(sizes: tuple[int, ...])
     assert HEADER.unpack(whole[:HEADER_BYTES])[6] == len(buffers) == -(-(9000 + HEADER_BYTES) // 1526)
 
 
+def test_driver_that_polls_sees_all_buffers_of_a_frame_or_none() -> None:
+    with Card(features=net.F_MRG_RXBUF) as card:
+        card.give(4, 1000)
+        seen: set[int] = set()
+        card.driver.memory.on_write(lambda *_: seen.add(card.driver.memory.read_int(card.rx.used + 2, 2)))
+        card.wire.receive(frame(3500))
+
+    assert seen == {0, 4}
+
+
 def test_frame_without_room_waits_for_buffers_and_none_is_lost() -> None:
     frames = [frame(3000, n) for n in range(4)]
     with Card(features=net.F_MRG_RXBUF) as card:

@@ -1,0 +1,91 @@
+"""A guest with a network by passt: addresses by DHCP, connections out, forwarded ports in, whole data both ways."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import socket
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from ostler.backends.passt import has_default_route
+from tests.guest.devices_guest import DHCP, WAIT_S, Guest, running
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("passt") is None or not has_default_route(6, "/proc/net/route"),
+    reason="passt is not installed, or this host has no IPv4 network",
+)
+# `OSTLER_TEST_MIB=100 pytest tests/guest/test_network.py` for the figures of the documentation.
+SIZE_BYTES = int(os.environ.get("OSTLER_TEST_MIB", "16")) << 20
+REQUESTS = 100
+
+SERVE = (
+    DHCP
+    + """
+echo "hello from the guest" >/www/hello
+httpd -p 80 -h /www
+nc -ll -p 81 -e cat &
+say "leased-$(sed 's/ .*//' /tmp/leased)-$(cat /sys/class/net/eth0/mtu)"
+wget -q -O /tmp/blob "http://$report/blob"
+say "sum-$(md5sum </tmp/blob | cut -d' ' -f1)"
+read -r _ </tmp/end
+"""
+)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def test_guest_reaches_out_and_is_reached_and_nothing_is_altered() -> None:
+    data = random.Random(4).randbytes(SIZE_BYTES)
+    web, echo = free_port(), free_port()
+    ports = [f"127.0.0.1:{web}:80", f"127.0.0.1:{echo}:81"]
+    with running("mkfifo /tmp/end\n" + SERVE, blob=data, ports=ports) as guest:
+        assert guest.next() == "leased-10.213.77.2-65520"
+        assert guest.next() == f"sum-{hashlib.md5(data, usedforsecurity=False).hexdigest()}"
+        for _ in range(REQUESTS):
+            with urllib.request.urlopen(f"http://127.0.0.1:{web}/hello", timeout=WAIT_S) as answer:
+                assert answer.read() == b"hello from the guest\n"
+        assert echoed(echo, data) == hashlib.sha256(data).digest()
+
+
+def test_guest_whose_passt_dies_goes_on_with_a_new_one() -> None:
+    script = DHCP + "say first\nwhile :; do say more; done\n"
+    with running(script) as guest:
+        assert guest.next() == "first"
+        kill_passt(guest)
+        while "net0: passt: killed by SIGKILL; started again" not in guest.console:
+            assert guest.next() == "more"
+        assert guest.next() == "more"
+
+
+def echoed(port: int, data: bytes) -> bytes:
+    """Send everything, receive everything at once; the digest of what came back."""
+    digest = hashlib.sha256()
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as sock:
+
+        def send() -> None:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        while chunk := sock.recv(1 << 20):
+            digest.update(chunk)
+        sender.join()
+    return digest.digest()
+
+
+def kill_passt(guest: Guest) -> None:
+    """The passt of this guest: the child of its VM process."""
+    children = Path(f"/proc/{guest.pid}/task/{guest.pid}/children").read_text().split()
+    passts = [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().startswith("passt")]
+    os.kill(passts[0], signal.SIGKILL)
