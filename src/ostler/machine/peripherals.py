@@ -9,7 +9,6 @@ import contextlib
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from ostler.abi.virtio import blk
 from ostler.backends.disk import open_raw
