@@ -151,7 +151,7 @@ def _settings(request: GuestRequest, name: str) -> dict[str, Any]:
         found["ssh_keys"] = {"root": list(request.ssh_keys)}
     if request.volumes:
         found["mounts"] = [
-            {"tag": f"share{number}", "target": share.guest, "read_only": share.read_only}
+            {"tag": f"share{number}", "path": share.guest, "read_only": share.read_only}
             for number, share in enumerate(request.volumes)
         ]
     return found
