@@ -17,6 +17,7 @@ from typing import Any
 from ostler.backends.helper_socket import connected
 from ostler.errors import HostError
 from ostler.host.helpers import Helper, find_program
+from ostler.host.locks import claim_disk
 
 PROGRAM, PACKAGE = "qemu-storage-daemon", "qemu-system-common"
 
@@ -27,9 +28,14 @@ class StorageDaemon:
     restartable = True
 
     def __init__(self, path: Path, image_format: str, *, read_only: bool, overlay: bool, queue_count: int) -> None:
-        """`overlay` keeps what is written apart and throws it away. Raises HostError when there is no such program."""
+        """`overlay` keeps what is written apart and throws it away.
+
+        Raises BadRequest for a disk that cannot be opened, DiskBusy for one in use, HostError without the program.
+        """
         self.name = f"qemu-storage-daemon for {path}"
         self._program = find_program(PROGRAM, package=PACKAGE, instead="convert the disk to raw")
+        # The daemon locks the disk itself; asking first gives the better complaint.
+        claim_disk(path, write=not (read_only or overlay))
         self._queue_count = queue_count
         self._read_only = read_only
         self._node = _node(image_format, str(path), read_only=read_only or overlay)

@@ -33,7 +33,7 @@ RING_FEATURES = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC
 WANTED_PROTOCOL = 1 << abi.PROTOCOL_F_MQ | 1 << abi.PROTOCOL_F_REPLY_ACK | 1 << abi.PROTOCOL_F_CONFIG
 # Where the back end sees Ostler's own rings: no guest has memory there.
 RINGS_GPA = PHYSICAL_LIMIT
-DRAIN_TIMEOUT_S = 5.0
+DRAIN_TIMEOUT_S, LAST_WORDS_S = 5.0, 2.0
 MAX_RESTARTS, RESTART_WINDOW_S = 5, 60.0
 
 Completed = list[tuple[int, int]]
@@ -135,6 +135,13 @@ class VhostUser:
         self._channel = Channel(connected, self._launcher.name)
         try:
             self._negotiate()
+        except BackEndLost as error:
+            # Its own last words say more than the connection it closed.
+            died = self._helper.ended(within_s=LAST_WORDS_S)
+            self._hang_up()
+            if died:
+                raise HostError(self._helper.obituary()) from error
+            raise
         except HostError:
             self._hang_up()
             raise

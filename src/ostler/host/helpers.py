@@ -101,6 +101,12 @@ class Helper:
         """Whether it still runs."""
         return self._process.poll() is None
 
+    def ended(self, *, within_s: float) -> bool:
+        """Wait up to `within_s` for its end; whether it came."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(within_s)
+        return not self.alive
+
     def said(self) -> str:
         """The last things it said on standard error, as one line."""
         with contextlib.suppress(BlockingIOError, OSError):

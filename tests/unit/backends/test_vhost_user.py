@@ -27,7 +27,7 @@ from ostler.backends.vhost_user_ring import RING_BYTES, RING_SIZE, ShadowRing
 from ostler.backends.vhost_user_wire import BackEndLost, Channel
 from ostler.backends.virtiofsd import Virtiofsd
 from ostler.devices.virtio.external import ExternalBlock, SharedFolder
-from ostler.errors import BadRequest, HostError
+from ostler.errors import BadRequest, DiskBusy, HostError
 from ostler.host.helpers import SYSTEM_FOLDERS
 from ostler.host.memfd import SharedMapping
 from ostler.testing.virtio import FakeDriver
@@ -199,8 +199,17 @@ def test_device_reset_and_started_again_works(rig: Rig, image: Path) -> None:
 @needs_daemon
 def test_image_that_is_none_is_one_line_by_the_daemon(rig: Rig, tmp_path: Path) -> None:
     (tmp_path / "bad.qcow2").write_bytes(b"no image at all" * 100)
-    with pytest.raises(HostError, match="qemu-storage-daemon for"):
+    with pytest.raises(HostError, match=r"qemu-storage-daemon for .*not in qcow2 format"):
         rig.disk(tmp_path / "bad.qcow2")
+
+
+@needs_daemon
+def test_image_somebody_else_writes_is_refused(rig: Rig, image: Path, tmp_path: Path) -> None:
+    rig.disk(image)
+    with pytest.raises(DiskBusy):
+        rig.disk(image)
+    with pytest.raises(BadRequest, match="No such file"):
+        rig.disk(tmp_path / "absent.qcow2")
 
 
 @needs_virtiofsd
