@@ -18,6 +18,7 @@ from ostler.backends.vhost_user import Launcher, VhostUser
 from ostler.backends.vhost_user_ring import RING_SIZE
 from ostler.backends.virtiofsd import Virtiofsd
 from ostler.backends.vsock import VsockSockets
+from ostler.backends.worker import Worker
 from ostler.config import GuestSpec
 from ostler.config.devices import DiskSpec, ShareSpec
 from ostler.control.runtime import VSOCK_SOCKET
@@ -85,7 +86,8 @@ def _disk(
     queue_count = min(spec.cpus, MAX_BLOCK_QUEUES)
     image_format = disk_format(disk.path, disk.format)
     if image_format == "raw":
-        return Block(_open(disk, stack), queue_count=queue_count)
+        opened = _open(disk, stack)
+        return Block(opened, queue_count=queue_count, worker=stack.enter_context(Worker(name, around.host)))
     daemon = StorageDaemon(
         disk.path, image_format, read_only=disk.read_only, overlay=disk.overlay, queue_count=queue_count
     )

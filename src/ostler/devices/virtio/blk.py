@@ -1,6 +1,8 @@
 """The virtio block device, virtio 1.2 section 5.2.
 
-Requests are served in the order of their queue; data moves between the disk and guest memory without a copy.
+Requests are taken in the order of their queue; data moves between the disk and guest memory without a copy. Transfers,
+which the host's page cache answers in microseconds, are done at once; what waits for the disk itself (a flush, a
+discard) is given to a worker, if there is one, and answered when it is done.
 What the disk refuses is VIRTIO_BLK_S_IOERR, what the device does not know VIRTIO_BLK_S_UNSUPP; a chain without room for
 header and status is no request at all and stops the device.
 
@@ -12,8 +14,9 @@ Left out on purpose: geometry (nobody asks), secure erase, zones, lifetime infor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from ostler.abi.virtio import blk as abi
@@ -48,6 +51,28 @@ class Disk(Protocol):
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None: ...
 
 
+class Worker(Protocol):
+    """Who does what may take long; `ostler.backends.worker`."""
+
+    def submit(self, job: Callable[[], None], done: Callable[[OSError | None], None]) -> None: ...
+    def wait(self) -> None: ...
+
+
+class AtOnce:
+    """No worker: everything is done while the guest waits."""
+
+    def submit(self, job: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
+        try:
+            job()
+        except OSError as error:
+            done(error)
+        else:
+            done(None)
+
+    def wait(self) -> None:
+        """Nothing is ever under way."""
+
+
 @dataclass(slots=True)
 class BlkState:
     """What a driver can write."""
@@ -65,8 +90,9 @@ class Block(VirtioDevice):
     device_type = DeviceId.BLOCK
     serves_at_once = True
 
-    def __init__(self, disk: Disk, *, queue_count: int = 1) -> None:
+    def __init__(self, disk: Disk, *, queue_count: int = 1, worker: Worker | None = None) -> None:
         super().__init__()
+        self._worker = worker or AtOnce()
         self.disk = disk
         self.queue_sizes = (QUEUE_SIZE,) * queue_count
         self.features = _features(read_only=disk.read_only)
@@ -76,7 +102,8 @@ class Block(VirtioDevice):
         self._queues: Sequence[Virtqueue] = ()
         self._write_through = False
         self._negotiated = 0
-        self._operations = {
+        # What they return is still to be done, by the worker.
+        self._operations: dict[int, Callable[[Chain, list[memoryview], int], Callable[[], None] | None]] = {
             abi.VIRTIO_BLK_T_IN: self._read,
             abi.VIRTIO_BLK_T_OUT: self._write,
             abi.VIRTIO_BLK_T_FLUSH: self._flush,
@@ -99,12 +126,14 @@ class Block(VirtioDevice):
             chain = queue.pop()
             if chain is None:
                 break
-            queue.push(chain, self._serve(chain))
+            self._serve(queue, chain)
         else:
             self.kick_again(index)
         queue.flush()
 
     def reset(self) -> None:
+        # What was begun is finished and answered: afterwards nothing may touch the guest's memory or the disk.
+        self._worker.wait()
         self._queues = ()
         self._negotiated = 0
         self._state = BlkState()
@@ -120,6 +149,9 @@ class Block(VirtioDevice):
     def resized(self) -> None:
         """The disk has grown: the driver is told to look at the capacity again."""
         self.config_changed()
+
+    def drain(self) -> None:
+        self._worker.wait()
 
     def save(self) -> Saved:
         return save(self._state)
@@ -141,8 +173,8 @@ class Block(VirtioDevice):
 
     # -- requests ---------------------------------------------------------------------------------
 
-    def _serve(self, chain: Chain) -> int:
-        """Answer one request; returns the bytes written to the guest. Raises QueueError."""
+    def _serve(self, queue: Virtqueue, chain: Chain) -> None:
+        """Answer one request, now or later. Raises QueueError."""
         if chain.readable_bytes < abi.REQUEST.size or not chain.writable_bytes:
             raise QueueError(f"block request of {chain.readable_bytes} readable, {chain.writable_bytes} writable bytes")
         kind, _priority, sector = abi.REQUEST.unpack(_head(chain))
@@ -151,29 +183,40 @@ class Block(VirtioDevice):
         try:
             if operation is None:
                 raise Unsupported
-            operation(chain, data, sector)
-            status[:] = OK
+            rest = operation(chain, data, sector)
         except Unsupported:
             status[:] = UNSUPP
         except OSError:
             self.io_errors += 1
             status[:] = IOERR
+        else:
+            if rest is not None:
+                self._worker.submit(rest, partial(self._finish, queue, chain))
+                return
+            status[:] = OK
         # The status is the last byte, so all of it counts as written.
-        return chain.writable_bytes
+        queue.push(chain, chain.writable_bytes)
+
+    def _finish(self, queue: Virtqueue, chain: Chain, error: OSError | None) -> None:
+        """The worker is done with a request."""
+        self.io_errors += error is not None
+        if queue.enabled:
+            _split_status(chain)[1][:] = OK if error is None else IOERR
+            queue.push(chain, chain.writable_bytes)
+            queue.flush()
 
     def _read(self, chain: Chain, data: list[memoryview], sector: int) -> None:
         self.disk.readv(self._checked(sector, chain.writable_bytes - 1), data)
 
-    def _write(self, chain: Chain, data: list[memoryview], sector: int) -> None:  # noqa: ARG002 - it has none
+    def _write(self, chain: Chain, data: list[memoryview], sector: int) -> Callable[[], None] | None:  # noqa: ARG002
         offset = self._checked(sector, chain.readable_bytes - abi.REQUEST.size)
         if self.disk.read_only:
             raise OSError("write to a read-only disk")
         self.disk.writev(offset, _payload(chain))
-        if self._write_through:
-            self.disk.flush()
+        return self.disk.flush if self._write_through else None
 
-    def _flush(self, chain: Chain, data: list[memoryview], sector: int) -> None:  # noqa: ARG002
-        self.disk.flush()
+    def _flush(self, chain: Chain, data: list[memoryview], sector: int) -> Callable[[], None]:  # noqa: ARG002
+        return self.disk.flush
 
     def _get_id(self, chain: Chain, data: list[memoryview], sector: int) -> None:  # noqa: ARG002
         """The serial, padded with zeroes to 20 bytes; none behind it if it fills them."""
@@ -186,15 +229,26 @@ class Block(VirtioDevice):
             view[: len(part)] = part
             left = left[len(part) :]
 
-    def _discard(self, chain: Chain, data: list[memoryview], sector: int) -> None:  # noqa: ARG002
-        for offset, size, _unmap in self._ranges(chain, known_flags=0):
-            self.disk.discard(offset, size)
+    def _discard(self, chain: Chain, data: list[memoryview], sector: int) -> Callable[[], None]:  # noqa: ARG002
+        ranges = self._ranges(chain, known_flags=0)
 
-    def _write_zeroes(self, chain: Chain, data: list[memoryview], sector: int) -> None:  # noqa: ARG002
-        for offset, size, unmap in self._ranges(chain, known_flags=abi.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP):
-            self.disk.write_zeroes(offset, size, unmap=unmap)
-        if self._write_through:
-            self.disk.flush()
+        def discard() -> None:
+            for offset, size, _unmap in ranges:
+                self.disk.discard(offset, size)
+
+        return discard
+
+    def _write_zeroes(self, chain: Chain, data: list[memoryview], sector: int) -> Callable[[], None]:  # noqa: ARG002
+        ranges = self._ranges(chain, known_flags=abi.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)
+        durable = self._write_through
+
+        def write_zeroes() -> None:
+            for offset, size, unmap in ranges:
+                self.disk.write_zeroes(offset, size, unmap=unmap)
+            if durable:
+                self.disk.flush()
+
+        return write_zeroes
 
     def _ranges(self, chain: Chain, *, known_flags: int) -> list[tuple[int, int, bool]]:
         """Offset, size and unmap flag of each range; all are checked before any is touched."""

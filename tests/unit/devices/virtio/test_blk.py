@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -221,6 +221,51 @@ def test_queues_are_served_apart() -> None:
     with FakeDriver(Block(MemoryDisk(), queue_count=2)) as driver:
         driver.request(1, [request(abi.VIRTIO_BLK_T_IN)], [512, 1])
         assert driver.interrupts == [0, 1]
+
+
+class Later:
+    """A worker whose jobs wait until they are wanted."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Callable[[], None], Callable[[OSError | None], None]]] = []
+
+    def submit(self, job: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
+        self.jobs.append((job, done))
+
+    def wait(self) -> None:
+        while self.jobs:
+            job, done = self.jobs.pop(0)
+            try:
+                job()
+            except OSError as error:
+                done(error)
+            else:
+                done(None)
+
+
+def test_flush_under_way_does_not_hold_up_reads_and_is_answered_when_done(disk: MemoryDisk) -> None:
+    worker = Later()
+    with FakeDriver(Block(disk, worker=worker)) as driver:
+        flush = driver.queues[0].add([request(abi.VIRTIO_BLK_T_FLUSH)], [1])
+        driver.kick(0)
+        assert driver.request(0, [request(abi.VIRTIO_BLK_T_IN)], [512, 1])[-1:] == OK
+        worker.wait()
+        assert driver.queues[0].collect() == [flush]
+        assert (driver.queues[0].contents(flush), disk.flushes, driver.interrupts) == (OK, 1, [2])
+
+
+def test_flush_under_way_fails_as_the_disk_says_and_reset_and_saving_wait_for_it(disk: MemoryDisk) -> None:
+    worker = Later()
+    with FakeDriver(Block(disk, worker=worker)) as driver:
+        disk.fails = True
+        flush = driver.queues[0].add([request(abi.VIRTIO_BLK_T_FLUSH)], [1])
+        driver.kick(0)
+        driver.device.drain()
+        assert driver.queues[0].contents(flush) == IOERR
+        driver.queues[0].add([request(abi.VIRTIO_BLK_T_FLUSH)], [1])
+        driver.kick(0)
+        driver.device.reset()
+        assert (worker.jobs, driver.virtqueues[0].in_flight) == ([], 0)
 
 
 def test_ring_filled_again_and_again_is_left_for_another_round(driver: FakeDriver) -> None:
