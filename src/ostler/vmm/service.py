@@ -14,6 +14,7 @@ from typing import Any
 
 from ostler.control.logfile import LOG_BYTES
 from ostler.control.wire import Message
+from ostler.devices.virtio.balloon import Balloon
 from ostler.errors import BadRequest
 from ostler.vmm.hub import HubConsole
 from ostler.vmm.loop import NS_PER_MS
@@ -56,6 +57,7 @@ class GuestService:
             "wait": self._wait,
             "events": self._events,
             "console": self._console,
+            "balloon": self._balloon,
         }
 
     def serve(self, connection: Connection, number: object, op: str, arguments: Message) -> Message | None:
@@ -107,7 +109,31 @@ class GuestService:
             },
         }
         result["nets"] = [{"name": each.name, **each.device.counters()} for each in self._process.networks]
+        if (balloon := self._find_balloon()) is not None:
+            result["balloon"] = self._balloon_facts(balloon)
         return {**result, **{name: counted() for name, counted in self.sources.items()}}
+
+    def _balloon(self, _connection: Connection, _number: object, arguments: Message) -> Message:
+        """Ask the guest to keep so much of its memory; it may take its time, and `stats` says how far it is."""
+        balloon = self._find_balloon()
+        if balloon is None:
+            raise BadRequest("balloon: this guest has none")
+        size = self._process.machine.spec.memory_bytes
+        wanted = int(_number_of(arguments, "guest_bytes", size, size))
+        with self._process.lock:
+            balloon.set_target(wanted)
+        return self._balloon_facts(balloon)
+
+    def _find_balloon(self) -> Balloon | None:
+        found = self._process.machine.devices.get("balloon")
+        return found if isinstance(found, Balloon) else None
+
+    def _balloon_facts(self, balloon: Balloon) -> Message:
+        """What it holds, and what the guest last said of its memory; it is asked to say it anew."""
+        with self._process.lock:
+            balloon.ask_statistics()
+            return {"held_bytes": balloon.actual_bytes, "discarded_bytes": balloon.discarded_bytes,
+                    "guest": dict(balloon.statistics)}  # fmt: skip
 
     def _pause(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
         if not self._process.is_paused:
