@@ -9,6 +9,8 @@ from ostler.abi.virtio import balloon as balloon_abi
 from ostler.abi.virtio import blk as blk_abi
 from ostler.devices.virtio.balloon import Balloon
 from ostler.devices.virtio.blk import Block
+from ostler.devices.virtio.console import ConsoleDevice
+from ostler.devices.virtio.console_port import Port, PortEvents
 from ostler.devices.virtio.device import VirtioDevice
 from ostler.devices.virtio.net import NetDevice
 from ostler.devices.virtio.rng import Entropy
@@ -85,14 +87,15 @@ def balloon() -> Victim:
 class _Wire:
     """Takes every frame and sends some back."""
 
-    features, header_bytes, mtu = 0, 0, 1500
+    # Checksums and segmentation, both ways.
+    features, header_bytes, mtu = 0b11 | 0x7B80, 0, 1500
 
     def __init__(self) -> None:
         self._calls: list[Callable[[], None]] = []
         self._deliver: Callable[[Sequence[memoryview]], int] | None = None
 
     def configure(self, offloads: int) -> None:
-        """No offloads are on offer."""
+        """All are the same to this wire."""
 
     def attach(self, deliver: Callable[[Sequence[memoryview]], int], writable: Callable[[], None]) -> None:  # noqa: ARG002
         self._deliver = deliver
@@ -113,26 +116,162 @@ class _Wire:
 def net() -> Victim:
     """A network card on a wire that echoes."""
     frame: Seed = ([bytes(12), bytes(range(60))], [])
-    return NetDevice(_Wire(), mac=bytes.fromhex("525400123456")), {0: [([], [2048])], 1: [frame]}
+    commands: list[Seed] = [
+        ([bytes([kind, number]), data], [1])
+        for kind, number, data in ((0, 0, b"\1"), (1, 0, bytes(8)), (1, 1, bytes(6)), (3, 0, b""), (5, 0, bytes(8)))
+    ]
+    buffers: list[Seed] = [([], [2048]), ([], [12, 30])]
+    return NetDevice(_Wire(), mac=bytes.fromhex("525400123456")), {0: buffers, 1: [frame], 2: commands}
 
 
-class _NoListener:
-    """Refuses every connection."""
+class _EchoStream:
+    """A socket that gives back what it takes, in a turn of its own; sometimes it is full, sometimes it breaks."""
 
-    def connect(self, host_port: int) -> Stream | None:  # noqa: ARG002
-        return None
+    def __init__(self, calls: list[Callable[[], None]], number: int) -> None:
+        self._calls = calls
+        self._kept = bytearray()
+        self._turns = number
+        self._reading = self._writing = self._closed = False
+
+    def bind(self, readable: Callable[[], None], writable: Callable[[], None]) -> None:
+        self._readable, self._writable = readable, writable
+
+    def watch(self, *, read: bool, write: bool) -> None:
+        assert not self._closed, "a closed stream is watched"
+        if (read and not self._reading) or (write and not self._writing):
+            self._calls.append(self._turn)
+        self._reading, self._writing = read, write
+
+    def _turn(self) -> None:
+        if self._writing:
+            self._writable()
+        if self._reading and self._kept:
+            self._readable()
+
+    def _check(self) -> None:
+        assert not self._closed, "a closed stream is used"
+        self._turns += 1
+        if self._turns % 97 == 0:
+            raise ConnectionResetError
+
+    def available(self) -> int | None:
+        self._check()
+        return len(self._kept) or (None if self._turns % 31 == 0 else 0)
+
+    def hung_up(self) -> bool:
+        return self._turns % 2 == 0
+
+    def read_into(self, views: Sequence[memoryview]) -> int:
+        self._check()
+        count = 0
+        for view in views:
+            piece = self._kept[: len(view)]
+            view[: len(piece)] = piece
+            del self._kept[: len(piece)]
+            count += len(piece)
+        return count
+
+    def write(self, views: Sequence[memoryview]) -> int:
+        self._check()
+        if self._turns % 5 == 0 or len(self._kept) > 1 << 16:
+            return 0
+        taken = b"".join(views)[: self._turns % 4096]
+        self._kept += taken
+        return len(taken)
+
+    def finish_writing(self) -> None:
+        assert not self._closed
+
+    def established(self, host_port: int) -> None:
+        assert host_port > 0
+
+    def close(self) -> None:
+        assert not self._closed, "a stream is closed twice"
+        self._closed = True
+        self._reading = self._writing = False
+
+
+class _Listeners:
+    """Listens on even ports; what is to be done later is done at the next connection or call."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], None]] = []
+        self._made = 0
+
+    def connect(self, host_port: int) -> Stream | None:
+        self._made += 1
+        self.run()
+        return None if host_port % 2 else _EchoStream(self._calls, self._made)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        callback()
+        self._calls.append(callback)
+
+    def run(self) -> None:
+        calls, self._calls[:] = self._calls[:256], self._calls[256:]
+        for call in calls:
+            call()
 
 
 def vsock() -> Victim:
-    """The vsock device with nobody listening."""
+    """The vsock device with listeners that echo, and a guest with several connections."""
     packets = [
-        struct.pack("<QQIIIHHIII", 3, 2, 5000, 80, len(data), 1, op, 0, 1 << 18, 0) + data
-        for op, data in ((1, b""), (2, b""), (3, b""), (4, b""), (5, b"data"), (6, b""), (7, b""))
-    ]
-    return VsockDevice(_NoListener()), {0: [([], [4096])], 1: [([packet], []) for packet in packets], 2: [([], [4])]}
+        struct.pack("<QQIIIHHIII", 3, 2, 5000 + port % 3, port, len(data), 1, op, flags, 1 << 18, 0) + data
+        for port in (80, 81, 82)
+        for op, flags, data in (
+            (1, 0, b""), (1, 0, b""), (2, 0, b""), (3, 0, b""), (4, 1, b""), (4, 2, b""), (5, 0, b"data" * 50),
+            (5, 0, b"x"), (6, 0, b""), (7, 0, b""),
+        )
+    ]  # fmt: skip
+    return VsockDevice(_Listeners()), {0: [([], [4096])], 1: [([packet], []) for packet in packets], 2: [([], [4])]}
+
+
+class _Peer:
+    """The host's end of a console port: takes a part of everything, and gives it back."""
+
+    def __init__(self) -> None:
+        self._kept = bytearray()
+        self._turns = 0
+
+    def bind(self, events: PortEvents) -> None:
+        self._events = events
+
+    def watch(self, *, read: bool, write: bool) -> None:
+        """Events come with the writes."""
+
+    def read_into(self, views: Sequence[memoryview]) -> int:
+        count = 0
+        for view in views:
+            piece = self._kept[: len(view)]
+            view[: len(piece)] = piece
+            del self._kept[: len(piece)]
+            count += len(piece)
+        return count
+
+    def write(self, views: Sequence[memoryview]) -> int:
+        self._turns += 1
+        if self._turns % 50 == 0:
+            self._events.opened(is_open=bool(self._turns % 100))
+        taken = b"".join(view[:64] for view in views[:4])[: self._turns % 128]
+        self._kept += taken[: max(4096 - len(self._kept), 0)]
+        self._events.readable()
+        return len(taken)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """What is left waits for the next kick."""
+
+
+def console() -> Victim:
+    """A terminal and a named port."""
+    peers = _Peer(), _Peer()
+    device = ConsoleDevice([Port("console", peers[0], is_console=True), Port("org.ostler.agent", peers[1])])
+    for peer in peers:
+        peer._events.opened(is_open=True)
+    control: list[Seed] = [
+        ([struct.pack("<IHH", port, event, 1)], []) for port in (0, 1) for event in (0, 3, 6)
+    ]  # fmt: skip
+    data: list[Seed] = [([b"output"], []), ([b"a", b"b" * 500], [])]
+    room: list[Seed] = [([], [64])]
+    return device, {0: room, 1: data, 2: room, 3: control, 4: room, 5: data}
 
 
 VICTIMS: dict[str, Callable[[], Victim]] = {
@@ -141,4 +280,5 @@ VICTIMS: dict[str, Callable[[], Victim]] = {
     "balloon": balloon,
     "net": net,
     "vsock": vsock,
+    "console": console,
 }
