@@ -16,7 +16,7 @@ from ostler.config import parse_guest
 from ostler.control.connection import Connection, ConnectionLost
 from ostler.control.logfile import RotatedLog
 from ostler.control.wire import MAX_LINE_BYTES, encode
-from ostler.errors import BadRequest, GuestNotFound, HostError
+from ostler.errors import BadRequest, GuestNotFound, HostError, OstlerError
 from ostler.testing import kernels
 from ostler.testing.fake_accel import FakeAccel, Halt, In, Out, Script
 from ostler.vmm.hub import HubConsole
@@ -54,9 +54,11 @@ class Served:
         return self.end
 
     def close(self) -> None:
-        if self._thread.is_alive():
-            with self.connect() as connection:
-                connection.request("kill")
+        # A guest that is just ending may take the connection and close it, or not take it any more.
+        with contextlib.suppress(OstlerError):
+            if self._thread.is_alive():
+                with self.connect() as connection:
+                    connection.request("kill")
         self.join()
 
     def _run(self) -> None:
