@@ -150,6 +150,12 @@ class PortSpec(_Part):
             "host_address": found["address"], "host": ports[0], "guest": ports[1], "protocol": found["kind"] or "tcp",
         }  # fmt: skip
 
+    def __str__(self) -> str:
+        """As the command line has it."""
+        address = f"[{self.host_address}]:" if self.host_address and ":" in self.host_address else self.host_address
+        prefix = address if address is None or address.endswith(":") else f"{address}:"
+        return f"{prefix or ''}{self.host}:{self.guest}{'/udp' if self.protocol == 'udp' else ''}"
+
 
 class ShareSpec(_Part):
     """A folder of the host that the guest sees too."""
