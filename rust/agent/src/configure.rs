@@ -111,7 +111,21 @@ pub fn set_hostname(name: &str) -> Result<(), Refusal> {
     sethostname(name).map_err(|error| Refusal::io(format!("hostname {name}"), &error.into()))?;
     // A read-only root keeps the name it had on disk.
     let _ = fs::write("/etc/hostname", format!("{name}\n"));
+    // Programs look their own host's name up and would wait for a name server that has never heard of it.
+    if let Some(text) = hosts_with(&fs::read_to_string("/etc/hosts").unwrap_or_default(), name) {
+        let _ = fs::write("/etc/hosts", text);
+    }
     Ok(())
+}
+
+/// The text of a hosts file with this name in it, at the address Debian uses for that; None if it is there.
+fn hosts_with(text: &str, name: &str) -> Option<String> {
+    let known = text.lines().any(|line| {
+        let entry = line.split('#').next().unwrap_or_default();
+        entry.split_ascii_whitespace().skip(1).any(|word| word == name)
+    });
+    let gap = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
+    (!known).then(|| format!("{text}{gap}127.0.1.1\t{name}\n"))
 }
 
 fn network(interfaces: &[Interface], routes: &[Route]) -> Result<(), Refusal> {
@@ -235,6 +249,14 @@ mod tests {
         for bad in ["10.0.2.15/33", "10.0.2", "", "/24", "::1/129"] {
             assert!(network_address(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn test_own_name_is_put_into_the_hosts_file_once() {
+        assert_eq!(hosts_with("", "vm").as_deref(), Some("127.0.1.1\tvm\n"));
+        let found = hosts_with("127.0.0.1 localhost # vm", "vm").expect("a comment is no entry");
+        assert_eq!(found, "127.0.0.1 localhost # vm\n127.0.1.1\tvm\n");
+        assert_eq!(hosts_with(&found, "vm"), None);
     }
 
     #[test]
