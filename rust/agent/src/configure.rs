@@ -231,6 +231,7 @@ fn add_ssh_keys(wish: &SshKeys) -> Result<(), Refusal> {
 
 /// Replaces a file whole.
 fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+    path.parent().map_or(Ok(()), fs::create_dir_all)?; // a busybox guest may have no /etc
     let mut beside = path.as_os_str().to_owned();
     beside.push(".ostler");
     fs::write(&beside, content)?;

@@ -1,7 +1,8 @@
 """The host's way to a guest's agent, for ordinary (blocking) code. `ostler.agent.aio` is its asyncio twin.
 
-Each operation has a connection of its own, so a client may be used from several threads, and a slow operation holds
-up no other. Over a single stream (`AgentClient.over`, for a console port) operations follow each other instead.
+Each operation under way has a connection of its own, so a client may be used from several threads, and a slow operation
+holds up no other; one that has ended leaves its connection to the next. Over a single stream (`AgentClient.over`, for a
+console port) operations follow each other instead.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -18,7 +20,7 @@ from typing import Any, Self
 from ostler.agent import link, requests, tree
 from ostler.agent.link import Link, Opener
 from ostler.agent.process import CAPTURE_BYTES, Process
-from ostler.agent.protocol import Data, Entry, Failed, Hello, Reply
+from ostler.agent.protocol import Data, Entry, Failed, Hello, Phase, Reply
 from ostler.agent.requests import Argument, Completed, Copied, Grown, Info, Terminal
 from ostler.errors import AgentError, AgentLost, AgentUnavailable, BadRequest, CommandTimeout
 
@@ -27,6 +29,8 @@ ANSWER_S = 60.0
 ATTEMPT_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.1
 ENTROPY_BYTES = 64
+IDLE_CONNECTIONS = 2
+"""So many are kept for the next operation; a new one costs the guest a process."""
 UNSENT_BYTES = 1 << 20
 
 _NOT_THERE_YET = (FileNotFoundError, ConnectionError, TimeoutError, BlockingIOError)
@@ -39,6 +43,8 @@ class AgentClient:
         self._opener = opener
         self._timeout_s = answer_timeout_s
         self._only: Link | None = None
+        self._idle: list[Link] = []
+        self._lock = threading.Lock()
         self._freezing: Link | None = None
         self.hello: Hello | None = None
 
@@ -87,9 +93,10 @@ class AgentClient:
         while True:
             left_s = deadline - time.monotonic()
             try:
-                with contextlib.closing(self._open(min(max(left_s, 0.1), ATTEMPT_S))) as found:
-                    assert found.hello is not None
-                    return found.hello
+                found = self._open(min(max(left_s, 0.1), ATTEMPT_S))
+                self._release(found)
+                assert found.hello is not None
+                return found.hello
             except (*_NOT_THERE_YET, AgentLost, AgentUnavailable) as error:
                 if alive is not None and not alive():
                     raise AgentUnavailable("agent: the guest ended before its agent answered") from error
@@ -113,12 +120,35 @@ class AgentClient:
         if self._only is not None:
             yield self._only
             return
-        with contextlib.closing(self._reach()) as found:
+        found = self._reach()
+        try:
             yield found
+        finally:
+            self._release(found)
+
+    def _release(self, used: Link) -> None:
+        """Keep a connection for the next operation, or close it."""
+        if used is self._only:
+            if used.conversation.phase is not Phase.IDLE:
+                used.close()  # there is no other way to stop what is under way
+            return
+        with self._lock:
+            if len(self._idle) < IDLE_CONNECTIONS and used.is_reusable():
+                self._idle.append(used)
+                return
+        used.close()
 
     def _reach(self) -> Link:
         if self._only is not None:
             return self._only
+        while True:
+            with self._lock:
+                found = self._idle.pop() if self._idle else None
+            if found is None:
+                break
+            if found.is_reusable():  # a guest that was reset or restored meanwhile has hung up
+                return found
+            found.close()
         try:
             return self._open(self._timeout_s)
         except _NOT_THERE_YET as error:
@@ -150,10 +180,9 @@ class AgentClient:
         connection = self._reach()
         try:
             connection.send(connection.conversation.request("exec", wish))
-            return Process(connection, argv, start_timeout_s=self._timeout_s)
+            return Process(connection, argv, start_timeout_s=self._timeout_s, release=self._release)
         except BaseException:
-            if connection is not self._only:
-                connection.close()
+            self._release(connection)
             raise
 
     def run(
@@ -175,9 +204,7 @@ class AgentClient:
             Also what `start` raises.
         """
         process = self.start(argv, env=env, cwd=cwd, user=user, timeout_s=timeout_s)
-        with contextlib.ExitStack() as stack:
-            if self._only is None:
-                stack.callback(process.close)
+        with process:
             stdout, stderr = process.communicate(input or b"", limit_bytes=limit_bytes)
         if process.timed_out:
             raise requests.timed_out(argv, timeout_s, stdout, stderr)
@@ -327,7 +354,9 @@ class AgentClient:
 
     def close(self) -> None:
         """Let go of every connection; a freeze ends, commands that were started keep theirs."""
-        for held in (self._freezing, self._only):
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for held in (self._freezing, self._only, *idle):
             if held is not None:
                 held.close()
         self._freezing = self._only = None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ostler.agent.protocol import VSOCK_PORT, Conversation, Event, Failed, Hello, Reply
+from ostler.agent.protocol import VSOCK_PORT, Conversation, Event, Failed, Hello, Phase, Reply
 from ostler.errors import AgentLost, AgentProtocolError, AgentUnavailable, GuestNotBooted
 
 CHUNK = 256 * 1024
@@ -185,6 +185,13 @@ class Link:
             except OSError as error:
                 raise AgentLost(f"agent: connection lost ({error.strerror})") from error
             del self._unsent[:sent]
+
+    def is_reusable(self) -> bool:
+        """Whether the last operation ended in order and the guest still holds its end."""
+        if self._sock.fileno() < 0 or self._ready or self._unsent or self.conversation.phase is not Phase.IDLE:
+            return False
+        self._poll.register(self._sock, select.POLLIN)
+        return not self._poll.poll(0)  # between requests a guest has nothing to say: whatever this is, it is no good
 
     def close(self) -> None:
         self._sock.close()

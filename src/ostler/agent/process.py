@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
 from ostler.agent import protocol, requests
@@ -33,8 +33,16 @@ class Sink(Protocol):
 class Process:
     """A running command; leaving the `with` block ends it."""
 
-    def __init__(self, link: Link, argv: Sequence[requests.Argument], *, start_timeout_s: float) -> None:
+    def __init__(
+        self,
+        link: Link,
+        argv: Sequence[requests.Argument],
+        *,
+        start_timeout_s: float,
+        release: Callable[[Link], None] = Link.close,
+    ) -> None:
         self._link = link
+        self._release: Callable[[Link], None] | None = release
         self.argv = tuple(os.fsdecode(word) for word in argv)
         self._end: Exited | None = None
         self._buffers: dict[int, deque[bytes]] = {STDOUT: deque(), STDERR: deque()}
@@ -139,7 +147,9 @@ class Process:
 
     def close(self) -> None:
         """Let go of it: a command that still runs is ended by the agent (SIGHUP, a second later SIGKILL)."""
-        self._link.close()
+        release, self._release = self._release, None
+        if release is not None:
+            release(self._link)
 
     def __enter__(self) -> Self:
         return self

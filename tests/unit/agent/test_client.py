@@ -267,6 +267,26 @@ def test_operations_follow_each_other_on_one_stream(agent_socket: Path, tmp_path
         assert client.info().cpus >= 1
 
 
+def test_next_operation_takes_the_connection_of_one_that_has_ended(agent: AgentClient) -> None:
+    parents = {agent.run(["sh", "-c", "echo $PPID"]).text for _ in range(3)}
+    with pytest.raises(CommandNotFound):
+        agent.run(["nonexistent-command"])
+    with pytest.raises(AgentError, match="more than 10 bytes"):
+        agent.run(["yes"], limit_bytes=10)
+    parents.add(agent.run(["sh", "-c", "echo $PPID"]).text)
+
+    assert len(parents) == 2  # output that was too much broke one off
+
+
+def test_kept_connection_that_the_guest_ended_is_not_used(agent: AgentClient) -> None:
+    served_by = int(agent.run(["sh", "-c", "echo $PPID"]).text)
+    os.kill(served_by, signal.SIGKILL)
+    while Path(f"/proc/{served_by}").exists():
+        time.sleep(0.01)
+
+    assert agent.run(["echo", "fine"]).text == "fine\n"
+
+
 def test_info_says_what_the_guest_is(agent: AgentClient) -> None:
     info = agent.info()
 
