@@ -269,26 +269,32 @@ class Virtqueue:
         return seen != self._next_avail
 
     def _walk(self, head: int) -> Chain:
-        """Turn descriptors into a chain. Raises QueueError."""
+        """Turn descriptors into a chain. Raises QueueError. The hottest loop of every device."""
         table, entries, index = self._table, self.size, head
         chain, left = Chain(head), min(self.size, MAX_CHAIN_PARTS)
-        while True:
+        readable, writable, parts = chain.readable, chain.writable, chain.parts
+        while left:
+            left -= 1
             if index >= entries:
                 raise QueueError(f"descriptor {index}: the table has {entries}")
-            if not left:
-                raise QueueError(f"chain at {head} loops or has more than {MAX_CHAIN_PARTS} parts")
-            left -= 1
             gpa, length, flags, following = DESCRIPTOR.unpack_from(table, index << 4)
             if flags & VRING_DESC_F_INDIRECT:
                 if table is not self._table:
                     raise QueueError(f"descriptor {index}: an indirect table inside another one")
                 table, entries, index = self._indirect_table(gpa, length, flags), length >> 4, 0
-                left = min(entries, MAX_CHAIN_PARTS - len(chain.readable) - len(chain.writable))
+                left = min(entries, MAX_CHAIN_PARTS - len(parts))
                 continue
-            self._add(chain, gpa, length, flags)
+            if flags & VRING_DESC_F_WRITE:
+                writable.append(self._part(chain, gpa, length))
+            elif writable:
+                raise QueueError(f"chain at {head}: a readable part behind a writable one")
+            else:
+                readable.append(self._part(chain, gpa, length))
+            parts.append((gpa, length))
             if not flags & VRING_DESC_F_NEXT:
-                return chain
+                return self._measured(chain)
             index = following
+        raise QueueError(f"chain at {head} loops or has more than {MAX_CHAIN_PARTS} parts")
 
     def _indirect_table(self, gpa: int, length: int, flags: int) -> memoryview:
         if not self._indirect:
@@ -301,32 +307,31 @@ class Virtqueue:
             raise QueueError(f"indirect table of {length} bytes: expected at most {MAX_CHAIN_PARTS} entries")
         return self._area("indirect table", gpa, length, 1)
 
-    def _add(self, chain: Chain, gpa: int, length: int, flags: int) -> None:
+    def _part(self, chain: Chain, gpa: int, length: int) -> memoryview:
         if not length:
             raise QueueError(f"chain at {chain.head}: a part of no bytes")
         try:
-            view = self.memory.view(gpa, length)
+            return self.memory.view(gpa, length)
         except MemoryFault as error:
             raise QueueError(f"chain at {chain.head}: {error}") from error
-        chain.parts.append((gpa, length))
-        if flags & VRING_DESC_F_WRITE:
-            chain.writable.append(view)
-            chain.writable_bytes += length
-        elif chain.writable:
-            raise QueueError(f"chain at {chain.head}: a readable part behind a writable one")
-        else:
-            chain.readable.append(view)
-            chain.readable_bytes += length
+
+    @staticmethod
+    def _measured(chain: Chain) -> Chain:
+        chain.readable_bytes = sum(map(len, chain.readable))
+        chain.writable_bytes = sum(map(len, chain.writable))
         if chain.readable_bytes + chain.writable_bytes > MAX_CHAIN_BYTES:
             raise QueueError(f"chain at {chain.head}: longer than {MAX_CHAIN_BYTES:#x} bytes")
+        return chain
 
     def _announce(self, ranges: list[tuple[int, int]], written: int) -> None:
         """Tell the accelerator which guest memory changed behind its back."""
+        announce = self.memory.written
         for gpa, length in ranges:
-            self.memory.written(gpa, min(length, written))
-            written -= length
-            if written <= 0:
+            if length >= written:
+                announce(gpa, written)
                 return
+            announce(gpa, length)
+            written -= length
 
 
 def _nobody() -> None:
