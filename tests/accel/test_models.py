@@ -73,11 +73,12 @@ def test_model_unknown_name_lists_the_known() -> None:
 
 
 def test_model_changes_follow_its_name() -> None:
-    changed = model("ostler-v2.1,+pku,-x2apic,vendor=amd")
+    changed = model("ostler-v2.1,+pku,-x2apic,-taa_no,vendor=amd")
 
+    assert changed.immunities == model().immunities - {"taa_no"}
     assert changed.features == model().features - {"x2apic"} | {"pku"}
     assert by_leaf(changed.cpuid(0, 1, 1_000_000))[0, 0].ebx.to_bytes(4, "little") == b"Auth"
-    assert changed.name == "ostler-v2.1,+pku,-x2apic,vendor=amd"
+    assert changed.name == "ostler-v2.1,+pku,-x2apic,-taa_no,vendor=amd"
 
 
 @pytest.mark.parametrize("change", ["+unheard", "pku", "", "vendor=via", "-"])

@@ -82,7 +82,7 @@ def test_saved_state_of_running_linux_goes_on_in_a_new_machine(cpus: int) -> Non
         saved.copy_memory(
             memory, second.process.machine.memory, {region.start: region.size_bytes for region in memory.regions}
         )
-        saved.restore(state, second.process.machine)
+        saved.restore(state, second.process.machine, opened)
         end = second.run(until=None)
     finally:
         first.close()

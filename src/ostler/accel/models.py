@@ -112,6 +112,9 @@ def model(name: str = DEFAULT_MODEL) -> CpuModel:
 
 def _changed(chosen: CpuModel, change: str) -> CpuModel:
     sign, feature = change[:1], change[1:]
+    if sign in ("+", "-") and feature in ARCH_CAPABILITIES:
+        immune = chosen.immunities | {feature} if sign == "+" else chosen.immunities - {feature}
+        return replace(chosen, immunities=immune)
     if sign in ("+", "-") and feature in FEATURES:
         changed = chosen.features | {feature} if sign == "+" else chosen.features - {feature}
         return replace(chosen, features=changed)

@@ -30,6 +30,10 @@ MSRS = (
     0x11, 0x12, 0x4B56_4D00, 0x4B56_4D01,
 )  # fmt: skip
 
+# In the XSAVE area's header, as words of four bytes.
+XSTATE_BV_WORDS = 512 // 4, 516 // 4
+XSTATE_X87_SSE = 0b11
+
 StructureT = TypeVar("StructureT", bound=ctypes.Structure)
 
 
@@ -82,8 +86,8 @@ def save(machine: Machine, accel: Accel) -> SavedMachine:
     )
 
 
-def restore(saved: SavedMachine, machine: Machine) -> None:
-    """Put `saved` into `machine`, new and of the same shape. Its memory is restored already.
+def restore(saved: SavedMachine, machine: Machine, accel: Accel) -> None:
+    """Put `saved` into `machine`, new and of the same shape, on `accel`. Its memory is restored already.
 
     Raises StateError where the shapes differ or data is not what the machine could have saved.
     """
@@ -99,7 +103,7 @@ def restore(saved: SavedMachine, machine: Machine) -> None:
     machine.vm.set_pit2(_structure(kvm_board.PitState2, "pit", saved.pit))
     # One value for all: accelerators see writes of the same TSC to several processors as one clock.
     for processor, vcpu in zip(saved.processors, machine.vcpus, strict=True):
-        _restore_processor(processor, vcpu)
+        _restore_processor(processor, vcpu, set(accel.get_msr_index_list()))
     with machine.board.lock:
         machine.board.restore(saved.board)
 
@@ -117,22 +121,43 @@ def _save_processor(vcpu: VCPU, known: set[int]) -> SavedProcessor:
     return SavedProcessor(structures, msrs, vcpu.get_mp_state(), vcpu.get_tsc_khz())
 
 
-def _restore_processor(saved: SavedProcessor, vcpu: VCPU) -> None:
+def _restore_processor(saved: SavedProcessor, vcpu: VCPU, known: set[int]) -> None:
     if vcpu.get_tsc_khz() != saved.tsc_khz:
         vcpu.set_tsc_khz(saved.tsc_khz)
     parts = saved.structures
     vcpu.set_sregs(_structure(kvm_state.Sregs, "sregs", parts["sregs"]))
     vcpu.set_regs(_structure(kvm_state.Regs, "regs", parts["regs"]))
     vcpu.set_xcrs(_structure(kvm_state.Xcrs, "xcrs", parts["xcrs"]))
-    vcpu.set_xsave(_structure(kvm_state.Xsave, "xsave", parts["xsave"]))
-    deadline = saved.msrs.get(MSR_TSC_DEADLINE)
-    vcpu.set_msrs({index: value for index, value in saved.msrs.items() if index != MSR_TSC_DEADLINE})
+    vcpu.set_xsave(_of_the_model(_structure(kvm_state.Xsave, "xsave", parts["xsave"]), vcpu))
+    msrs = _known_here(saved.msrs, known)
+    deadline = msrs.pop(MSR_TSC_DEADLINE, None)
+    vcpu.set_msrs(msrs)
     vcpu.set_debugregs(_structure(kvm_state.Debugregs, "debugregs", parts["debugregs"]))
     vcpu.set_lapic(_structure(kvm_state.LapicState, "lapic", parts["lapic"]))
     if deadline is not None:
         vcpu.set_msrs({MSR_TSC_DEADLINE: deadline})
     vcpu.set_mp_state(saved.mp_state)
     vcpu.set_vcpu_events(_structure(kvm_state.VcpuEvents, "events", parts["events"]))
+
+
+def _of_the_model(xsave: kvm_state.Xsave, vcpu: VCPU) -> kvm_state.Xsave:
+    """Without the states the guest's processor has not got: KVM saves what the host's has, such as PKRU."""
+    states = next((leaf.eax for leaf in vcpu.get_cpuid2() if (leaf.function, leaf.index) == (0xD, 0)), 0)
+    low, high = XSTATE_BV_WORDS
+    xsave.region[low] &= states or XSTATE_X87_SSE
+    xsave.region[high] = 0
+    return xsave
+
+
+def _known_here(msrs: Mapping[int, int], known: set[int]) -> dict[int, int]:
+    """The registers this accelerator has. One that holds what it holds after reset is not missed.
+
+    Raises StateError for another.
+    """
+    lost = [index for index, value in msrs.items() if index not in known and value]
+    if lost:
+        raise StateError(f"saved MSR {lost[0]:#x} holds {msrs[lost[0]]:#x}: the accelerator here has no such register")
+    return {index: value for index, value in msrs.items() if index in known}
 
 
 def _structure(kind: type[StructureT], name: str, data: bytes) -> StructureT:
