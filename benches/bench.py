@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benches import exits
+
 from ostler import accel, vmm
 from ostler.accel.api import ExitReason
 from ostler.accel.soft import load_engine
@@ -177,6 +179,7 @@ def main() -> int:
         "loop": lambda _: print(f"register loop: {register_loop():.0f} M instructions/s"),
         "rate": lambda _: boot_rate(),
         "boot": boots,
+        "exits": lambda _: exits.main("soft"),
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(parts)}; all by default")
