@@ -26,12 +26,12 @@ class Lab:
     name: str
     accel: Accel
 
-    @property
+    @functools.cached_property
     def emulated_kvm(self) -> bool:
         """A KVM that emulates ring 0 by its own instruction emulator, which knows part of the instruction set."""
         return self.name == "kvm" and probe_kvm().state is KvmState.EMULATED
 
-    @property
+    @functools.cached_property
     def emulated_svm(self) -> bool:
         """A native KVM, but on a processor that QEMU emulates: the nested lab."""
         return self.name == "kvm" and host_is_qemus_emulation()

@@ -51,10 +51,8 @@ QEMU_SVM: dict[str, str] = {
     f"{_NUMERIC}[aligned word with AC and AM, then misaligned]": _NO_AC,
     f"{_WRMSR}[{0xC000_0100}-{0x8000_0000_0000_0000}]": "QEMU takes any address; KVM does not intercept this register",
     f"{_WRMSR}[{0xC000_0102}-{0x0001_0000_0000_0000}]": "QEMU takes any address; KVM does not intercept this register",
+    f"{_OTHERS}[xbegin]": "QEMU takes XBEGIN without RTM, and aborts at once",
     f"{_OTHERS}[monitor]": "KVM makes it do nothing (KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)",
-    "test_timers.py::test_kvmclock_page_gives_nanoseconds_from_the_tsc[1263947009-1263947008]": (
-        "KVM calls its clock stable only where the host's own clock is the TSC"
-    ),
     "test_transfers.py::test_syscall_enters_ring_0_and_masks_flags": "QEMU's SYSCALL loses the arithmetic flags",
     "test_transfers.py::test_sysret_with_non_canonical_rcx_faults_in_ring_0": (
         "on AMD's processors ring 3 faults, behind SYSRET"

@@ -17,13 +17,18 @@ Guest-physical layout, all below 2 MiB mapped one to one:
     3 GiB to 4 GiB mapped one to one by 2 MiB pages: MMIO, IOAPIC, local APIC
 """
 
+import contextlib
 import ctypes
 import functools
+import hashlib
+import json
 import mmap
+import os
 import shutil
 import subprocess
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +40,7 @@ import pytest
 from ostler.accel.api import VCPU, Accel, ExitReason, Sregs
 from ostler.accel.fitting import install
 from ostler.accel.models import CpuModel, model
+from ostler.host.folders import cache_root
 from tests.accel.prelude import DONE_PORT, LAYOUT, PRELUDE
 
 MEMORY_SIZE = 0x40_0000
@@ -70,7 +76,27 @@ class Program:
 
 @functools.cache
 def assemble(source: str) -> Program:
-    """Assemble and link; skips the test where there are no binutils."""
+    """Assemble and link, or take what that came to earlier; skips the test where there are no binutils."""
+    kept = _kept_programs() / hashlib.sha256(f"{PRELUDE}{LAYOUT}{source}".encode()).hexdigest()
+    try:
+        header, _, image = kept.read_bytes().partition(b"\n")
+        return Program(LAYOUT["TEXT"], zlib.decompress(image), json.loads(header))
+    except (OSError, ValueError, zlib.error):
+        program = _assemble(source)
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+            file.write(json.dumps(program.symbols).encode() + b"\n" + zlib.compress(program.image))
+        Path(file.name).replace(kept)
+    return program
+
+
+def _kept_programs() -> Path:
+    """The nested lab, where starting an assembler takes longer than most tests, is given what the host has."""
+    return Path(os.environ.get("OSTLER_TEST_PROGRAMS") or cache_root() / "programs")
+
+
+def _assemble(source: str) -> Program:
     for tool in ("as", "ld", "objcopy", "nm"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool} to assemble bare-metal programs with (Debian: binutils)")
