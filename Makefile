@@ -57,8 +57,9 @@ hostile: setup ## A million random and damaged requests and accesses at every vi
 	@$(PY) -m benches.hostile $(HOSTILE)
 
 test-kvm: setup ## The KVM accelerator on a real KVM, nested in QEMU's emulation of one
-	@command -v qemu-system-x86_64 mmdebstrap >/dev/null || tools/apt-install qemu-system-x86 mmdebstrap
-	@$(PY) tools/nested_lab.py
+	@{ command -v qemu-system-x86_64 && command -v mmdebstrap; } >/dev/null || \
+		tools/apt-install qemu-system-x86 mmdebstrap || true
+	@$(PY) tools/nested_lab.py $(LAB)
 
 conformance: setup ## kvm-unit-tests: make conformance KUT=<folder of the built tests>
 	@$(PY) tools/conformance.py $(KUT)

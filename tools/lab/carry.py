@@ -1,0 +1,240 @@
+"""A running Linux carried from one accelerator to the other, by a file in between.
+
+    carry.py save --accel soft --seed 7 FILE      boot, run into the workload, stop at a random instant, save
+    carry.py continue --accel kvm FILE            put the state into a new machine and run it to its end
+
+The workload counts, and hashes what it counted: what its last line says depends on every step on both sides. The
+processor's model is what both accelerators can give: `--without` names what the poorer one lacks. The file is for this
+tool only: a line of JSON, then the guest's memory but for its empty pages, compressed.
+
+Exit status 0 when it went as it should, 1 when not; one line says how far the guest was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ostler import accel
+from ostler.abi.kvm.state import Regs
+from ostler.accel.api import Accel
+from ostler.accel.fitting import missing_features
+from ostler.accel.models import DEFAULT_MODEL, model
+from ostler.boot.load import read_kernel
+from ostler.boot.unpacked import UnpackedKernels
+from ostler.config import GuestSpec
+from ostler.host.folders import cache_root
+from ostler.machine import saved
+from ostler.memory import GuestMemory
+from ostler.memory.layout import PAGE_SIZE
+from ostler.vmm.console import on_descriptors
+from ostler.vmm.processors import End, EndKind
+from ostler.vmm.run import GuestProcess
+
+TICKS = 60
+# The workload stands between the first and this tick when it is stopped: it has work left on the other side.
+LAST_STOP = 40
+LONGEST_DELAY_S = 0.3
+MEMORY = "96M"
+APPEND = "console=ttyS0 quiet panic=-1"
+WORKLOAD = f"""#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /tmp
+/bin/busybox mount -t proc proc /proc
+n=0 sum=start
+while [ $n -lt {TICKS} ]; do
+    n=$((n + 1))
+    sum=$(echo "$sum $n" | /bin/busybox sha256sum)
+    echo "tick $n"
+done
+echo "end $sum"
+/bin/busybox poweroff -f
+""".encode()
+
+
+class Watched:
+    """A guest's process whose console is watched; it can be told to stop at a line of the guest's."""
+
+    def __init__(self, spec: GuestSpec, opened: Accel) -> None:
+        self.console = bytearray()
+        self._out, self._inward = os.pipe()
+        self.process = GuestProcess(spec, opened, on_descriptors(None, self._inward))
+        self._until: bytes | None = None
+        self._delay_s = 0.0
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def run(self, until: bytes | None = None, delay_s: float = 0.0) -> End:
+        """Run to the guest's end, or to `delay_s` after `until` appeared on the console."""
+        self._until, self._delay_s = until, delay_s
+        return self.process.run()
+
+    def close(self) -> None:
+        """End the process and hear out its console."""
+        self.process.__exit__(None, None, None)
+        os.close(self._inward)
+        self._reader.join()
+        os.close(self._out)
+
+    def _read(self) -> None:
+        while chunk := os.read(self._out, 4096):
+            self.console += chunk
+            if self._until and self._until in self.console:
+                self._until = None
+                threading.Timer(self._delay_s, self.process.quit).start()
+
+
+@contextmanager
+def watched(spec: GuestSpec, opened: Accel) -> Iterator[Watched]:
+    """A Watched, closed at the end."""
+    guest = Watched(spec, opened)
+    try:
+        yield guest
+    finally:
+        guest.close()
+
+
+def last_line() -> str:
+    """The workload's last line, worked out here."""
+    value = "start"
+    for n in range(1, TICKS + 1):
+        value = hashlib.sha256(f"{value} {n}\n".encode()).hexdigest() + "  -"
+    return f"end {value}"
+
+
+def reduced_model(without: str) -> str:
+    """The default model's name without the features listed, as `missing` prints them."""
+    return ",".join([DEFAULT_MODEL, *(f"-{name}" for name in without.split(",") if name)])
+
+
+def guest_spec(kernel: Path, image: Path, cpu: str, cpus: int) -> GuestSpec:
+    """The guest on both sides."""
+    return GuestSpec(kernel=kernel, initrd=image, memory=MEMORY, cpus=cpus, cpu=cpu, append=APPEND)
+
+
+def save(arguments: argparse.Namespace) -> int:
+    """Boot, stop somewhere in the workload, write the file."""
+    chosen = random.Random(arguments.seed)
+    tick, delay_s = chosen.randint(1, LAST_STOP), chosen.uniform(0, LONGEST_DELAY_S)
+    spec = guest_spec(arguments.kernel, arguments.initrd, reduced_model(arguments.without), arguments.cpus)
+    opened = accel.open(arguments.accel)
+    with watched(spec, opened) as guest:
+        machine = guest.process.machine
+        kernel = read_kernel(arguments.kernel, unpacked=UnpackedKernels(cache_root() / "unpacked"))
+        machine.load(kernel, initrd=arguments.initrd.read_bytes(), cmdline=APPEND)
+        end = guest.run(until=b"tick %d\r" % tick, delay_s=delay_s)
+        if end.kind is not EndKind.QUIT:
+            return complain(f"ended by {end.kind.value} before tick {tick}", guest.console)
+        state = asdict(saved.save(machine, opened))
+        memory = packed(machine.memory)
+    opened.close()
+    header = {"state": state, "console": bytes(guest.console), "cpu": spec.cpu, "cpus": spec.cpus}
+    with arguments.file.open("wb") as out:
+        out.write(json.dumps(header, default=as_text).encode() + b"\n" + memory)
+    rip = Regs.from_buffer_copy(state["processors"][0]["structures"]["regs"]).rip
+    print(f"saved on {arguments.accel} {delay_s:.3f} s after tick {tick}, RIP {rip:#x}")
+    return 0
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """Put the file's state into a new machine, run it to its end, judge the whole console."""
+    line, _, memory = arguments.file.read_bytes().partition(b"\n")
+    header = json.loads(line, object_hook=from_text)
+    spec = guest_spec(Path(os.devnull), Path(os.devnull), header["cpu"], header["cpus"])
+    opened = accel.open(arguments.accel)
+    with watched(spec, opened) as guest:
+        unpack(memory, guest.process.machine.memory)
+        state = header["state"]
+        processors = [
+            saved.SavedProcessor(**{**each, "msrs": {int(index): value for index, value in each["msrs"].items()}})
+            for each in state["processors"]
+        ]
+        state |= {"processors": tuple(processors), "chips": tuple(state["chips"])}
+        saved.restore(saved.SavedMachine(**state), guest.process.machine, opened)
+        end = guest.run()
+    opened.close()
+    text = (header["console"] + guest.console).decode(errors="replace")
+    lines = text.replace("\r", "").splitlines()
+    ticks = [line for line in lines if line.startswith("tick ")]
+    if end.kind is not EndKind.POWER_OFF:
+        return complain(f"ended by {end.kind.value} {end.text}", text.encode())
+    if ticks != [f"tick {n}" for n in range(1, TICKS + 1)] or last_line() not in lines:
+        return complain("the workload went wrong", text.encode())
+    before = header["console"].count(b"tick ")
+    print(f"continued on {arguments.accel} from tick {before} to the end: right")
+    return 0
+
+
+def complain(text: str, console: bytes | bytearray) -> int:
+    """Say what went wrong and what the guest said last."""
+    print(f"carry: {text}\n{bytes(console[-1500:]).decode(errors='replace')}", file=sys.stderr)
+    return 1
+
+
+def packed(memory: GuestMemory) -> bytes:
+    """Page numbers and pages, without the empty ones."""
+    zero, packer, out = bytes(PAGE_SIZE), zlib.compressobj(1), []
+    for region in memory.regions:
+        for gpa in range(region.start, region.start + region.size_bytes, PAGE_SIZE):
+            page = memory.view(gpa, PAGE_SIZE)
+            if page != zero:
+                out += [packer.compress((gpa // PAGE_SIZE).to_bytes(8, "little")), packer.compress(page)]
+    return b"".join([*out, packer.flush()])
+
+
+def unpack(data: bytes, memory: GuestMemory) -> None:
+    """Undo `packed`, into fresh memory."""
+    pages = memoryview(zlib.decompress(data))
+    for at in range(0, len(pages), PAGE_SIZE + 8):
+        gpa = int.from_bytes(pages[at : at + 8], "little") * PAGE_SIZE
+        memory.write(gpa, pages[at + 8 : at + 8 + PAGE_SIZE])
+
+
+def as_text(value: Any) -> Any:
+    """Bytes, as JSON has none."""
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": base64.b64encode(value).decode()}
+    raise TypeError(f"{type(value).__name__} in saved state")
+
+
+def from_text(value: dict[str, Any]) -> Any:
+    """Undo `as_text`."""
+    return base64.b64decode(value["bytes"]) if value.keys() == {"bytes"} else value
+
+
+def missing(arguments: argparse.Namespace) -> int:
+    """Print what the accelerator lacks of the default model, separated by commas."""
+    opened = accel.open(arguments.accel)
+    print(",".join(missing_features(model(), opened)))
+    opened.close()
+    return 0
+
+
+def main() -> int:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(prog="carry.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=("save", "continue", "missing"))
+    parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("--accel", default="auto")
+    parser.add_argument("--kernel", type=Path)
+    parser.add_argument("--initrd", type=Path)
+    parser.add_argument("--cpus", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--without", default="", help="features of the default model that the other side lacks")
+    arguments = parser.parse_args()
+    return {"save": save, "continue": resume, "missing": missing}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
