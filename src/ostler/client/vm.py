@@ -212,9 +212,17 @@ class VM:
             return GuestConsole(connection.console(backlog_bytes=backlog_bytes))
 
     def events(self, *, timeout_s: float | None = None) -> Iterator[dict[str, Any]]:
-        """What happens to the guest from now on, to its end: `paused`, `resumed`, `device`, `ended`, …"""
-        with Connection.to(self._running().entry) as connection:
-            yield from connection.events(timeout_s=timeout_s)
+        """What happens to the guest from now on, to its end: `paused`, `resumed`, `device`, `ended`, …
+
+        Raises TimeoutError when nothing happens for so long.
+        """
+        connection = Connection.to(self._running().entry)
+        try:
+            found = connection.events(timeout_s=timeout_s)
+        except BaseException:
+            connection.close()
+            raise
+        return _closing(connection, found)
 
     # ---------------------------------------------------------------------------------------
 
@@ -230,6 +238,11 @@ class VM:
             return ask(guest.agent)
         except AgentError as error:
             raise guest.explain(error) from error
+
+
+def _closing(connection: Connection, events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    with connection:
+        yield from events
 
 
 class AsyncVM:
