@@ -15,6 +15,7 @@ from typing import Any
 from ostler.control.logfile import LOG_BYTES
 from ostler.control.wire import Message
 from ostler.devices.virtio.balloon import Balloon
+from ostler.devices.virtio.blk import Block
 from ostler.errors import BadRequest
 from ostler.vmm.hub import HubConsole
 from ostler.vmm.loop import NS_PER_MS
@@ -108,6 +109,8 @@ class GuestService:
                 "process_rss_bytes": _resident_bytes(),
             },
         }
+        devices = self._process.machine.devices.items()
+        result["disks"] = [{"name": name, **each.counters()} for name, each in devices if isinstance(each, Block)]
         result["nets"] = [{"name": each.name, **each.device.counters()} for each in self._process.networks]
         if (balloon := self._find_balloon()) is not None:
             result["balloon"] = self._balloon_facts(balloon)

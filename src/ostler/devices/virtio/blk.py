@@ -98,6 +98,7 @@ class Block(VirtioDevice):
         self.features = _features(read_only=disk.read_only)
         self.io_errors = 0
         """Requests the disk refused."""
+        self._reads = self._read_bytes = self._writes = self._written_bytes = 0
         self._state = BlkState()
         self._queues: Sequence[Virtqueue] = ()
         self._write_through = False
@@ -149,6 +150,16 @@ class Block(VirtioDevice):
     def resized(self) -> None:
         """The disk has grown: the driver is told to look at the capacity again."""
         self.config_changed()
+
+    def counters(self) -> dict[str, int]:
+        """Requests the disk has served, their bytes, and those it refused."""
+        return {
+            "reads": self._reads,
+            "read_bytes": self._read_bytes,
+            "writes": self._writes,
+            "written_bytes": self._written_bytes,
+            "errors": self.io_errors,
+        }
 
     def drain(self) -> None:
         self._worker.wait()
@@ -206,13 +217,19 @@ class Block(VirtioDevice):
             queue.flush()
 
     def _read(self, chain: Chain, data: list[memoryview], sector: int) -> None:
-        self.disk.readv(self._checked(sector, chain.writable_bytes - 1), data)
+        size = chain.writable_bytes - 1
+        self.disk.readv(self._checked(sector, size), data)
+        self._reads += 1
+        self._read_bytes += size
 
     def _write(self, chain: Chain, data: list[memoryview], sector: int) -> Callable[[], None] | None:  # noqa: ARG002
-        offset = self._checked(sector, chain.readable_bytes - abi.REQUEST.size)
+        size = chain.readable_bytes - abi.REQUEST.size
+        offset = self._checked(sector, size)
         if self.disk.read_only:
             raise OSError("write to a read-only disk")
         self.disk.writev(offset, _payload(chain))
+        self._writes += 1
+        self._written_bytes += size
         return self.disk.flush if self._write_through else None
 
     def _flush(self, chain: Chain, data: list[memoryview], sector: int) -> Callable[[], None]:  # noqa: ARG002
