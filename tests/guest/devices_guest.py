@@ -114,12 +114,7 @@ def running(
 ) -> Iterator[Guest]:
     """A guest that runs `script` and powers off; `spec` as `parse_guest` takes it, with a passt network if not said."""
     kernel = kernels.fetch(spec.pop("kernel", kernels.DEFAULT_KERNEL))
-    image = initrd.build({
-        "init": (PROLOGUE + script + EPILOGUE).encode(),
-        "bin/busybox": initrd.busybox_program().read_bytes(),
-        **module_files(kernel, [*BASE_MODULES, *modules]),
-        **(files or {}),
-    })  # fmt: skip
+    image = image_of(script, kernel, modules=modules, files=files)
     with reports(blob) as (said, host), contextlib.ExitStack() as stack:
         wanted = {"nets": ["passt"], "accel": "soft", "memory": "512M"} | spec
         append = f"console=ttyS0 loglevel=4 report={host} {wanted.pop('append', '')}"
@@ -131,6 +126,18 @@ def running(
         stack.callback(launched.process.wait, 30)
         stack.callback(launched.process.terminate)
         yield Guest(launched.entry.path, said, launched.process.pid)
+
+
+def image_of(
+    script: str, kernel: kernels.Kernel, *, modules: Sequence[str] = (), files: Mapping[str, bytes] | None = None
+) -> Path:
+    """The initrd of a guest that runs `script`."""
+    return initrd.build({
+        "init": (PROLOGUE + script + EPILOGUE).encode(),
+        "bin/busybox": initrd.busybox_program().read_bytes(),
+        **module_files(kernel, [*BASE_MODULES, *modules]),
+        **(files or {}),
+    })  # fmt: skip
 
 
 @contextmanager
