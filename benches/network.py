@@ -74,14 +74,16 @@ def qemu_guest(iperf: str, port: int) -> Iterator[None]:
 def throughput(port: int, seconds: int, *options: str) -> float:
     """Megabits a second that arrived."""
     argv = [IPERF, "-c", "127.0.0.1", "-p", str(port), "-J", "-t", str(seconds), *options]
+    said = ""
     for _ in range(ATTEMPTS):
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         found = json.loads(done.stdout or "{}")
         if "sum_received" in found.get("end", {}):
             return float(found["end"]["sum_received"]["bits_per_second"]) / 1e6
+        said = done.stdout[-300:] + done.stderr
         # The server opens its port anew between runs.
         time.sleep(1)
-    raise SystemExit(f"bench: iperf3: {done.stdout[-300:]}{done.stderr}")
+    raise SystemExit(f"bench: iperf3: {said}")
 
 
 def free_port() -> int:
