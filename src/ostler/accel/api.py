@@ -339,6 +339,10 @@ class Accel(Protocol):
     def name(self) -> str:
         """`kvm` or `soft`, for messages and logs only."""
 
+    @property
+    def pays_huge_pages(self) -> bool:
+        """Whether guest memory in the host's huge pages makes guests faster: its page tables are the processor's."""
+
     def close(self) -> None:
         """Close it; VMs made from it stay alive."""
 

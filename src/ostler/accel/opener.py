@@ -15,7 +15,7 @@ def open_accelerator(name: str = "auto") -> Accelerator:
     Raises BadRequest for a name there is not, AccelUnavailable with the reason for one this host cannot give.
     """
     if name == "kvm":
-        return Accelerator("kvm", KvmSystem())
+        return Accelerator("kvm", KvmSystem(), pays_huge_pages=True)
     if name == "soft":
         return Accelerator("soft", open_engine())
     if name != "auto":

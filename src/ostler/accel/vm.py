@@ -167,13 +167,18 @@ class Vm:
 class Accelerator:
     """An opened accelerator over either carrier."""
 
-    def __init__(self, name: str, transport: SystemTransport) -> None:
+    def __init__(self, name: str, transport: SystemTransport, *, pays_huge_pages: bool = False) -> None:
         self._name = name
+        self._pays_huge_pages = pays_huge_pages
         self._transport = transport
 
     @property
     def name(self) -> str:
         return self._name
+
+    @property
+    def pays_huge_pages(self) -> bool:
+        return self._pays_huge_pages
 
     def close(self) -> None:
         self._transport.close()

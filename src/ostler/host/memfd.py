@@ -14,6 +14,8 @@ from typing import Self
 
 from ostler.host.files import punch_hole
 
+BLOCK_BYTES = 512
+
 
 class SharedMapping:
     """Owns one memfd and one read-write mapping of it; a context manager."""
@@ -34,6 +36,11 @@ class SharedMapping:
         # from_buffer exports the mapping only while the ctypes object lives; the address
         # stays valid until close(), because a mmap object never moves.
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    @property
+    def touched_bytes(self) -> int:
+        """How much of it the host has given."""
+        return os.fstat(self.fd).st_blocks * BLOCK_BYTES
 
     def view(self) -> memoryview:
         """A writable view of the whole mapping; release it before close()."""

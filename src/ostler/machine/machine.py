@@ -51,7 +51,8 @@ class Machine:
         self.model, self.masked_features = fit(model(spec.cpu), accel, policy)
         with contextlib.ExitStack() as stack:
             try:
-                self.memory = stack.enter_context(GuestMemory.of_size(spec.memory_bytes))
+                shared = not accel.pays_huge_pages or any(device.shares_memory for _, device in functions)
+                self.memory = stack.enter_context(GuestMemory.of_size(spec.memory_bytes, shared=shared))
             except OSError as error:
                 raise HostError(f"guest memory of {spec.memory_bytes} bytes: {error.strerror or error}") from error
             self.vm = stack.enter_context(accel.create_vm())

@@ -1,4 +1,4 @@
-"""Guest memory as bytes: one memfd, bounds-checked access, slots of a VM.
+"""Guest memory as bytes: one memfd or private mapping, bounds-checked access, slots of a VM.
 
 Every access names a guest-physical address and is checked against the regions: an address
 taken from guest data can at worst raise MemoryFault, which a device turns into an error of
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol, Self
 
+from ostler.host.anonymous import PrivateMapping
 from ostler.host.memfd import SharedMapping
 from ostler.memory.layout import Gpa, Region, RegionKind, ram_regions
 
@@ -40,29 +41,34 @@ class SlotRegistrar(Protocol):
 class GuestMemory:
     """All RAM of one guest. Threads may access it at once; a context manager."""
 
-    def __init__(self, regions: Iterable[Region]) -> None:
-        """Raises OSError when the host has no memory for it."""
+    def __init__(self, regions: Iterable[Region], *, shared: bool = True) -> None:
+        """Not shared: in huge pages, but nobody else can map it. Raises OSError when the host has no memory for it."""
         self.regions = tuple(sorted(regions, key=lambda region: region.start))
         for below, above in zip(self.regions, self.regions[1:], strict=False):
             if below.end > above.start:
                 raise ValueError(f"regions overlap at {above.start:#x}")
         self.size_bytes = sum(region.size_bytes for region in self.regions)
         span = max(region.offset + region.size_bytes for region in self.regions)
-        self._mapping = SharedMapping("ostler-guest", span)
+        self._mapping = SharedMapping("ostler-guest", span) if shared else PrivateMapping(span)
         self._view = self._mapping.view()
         self._hooks: list[WriteHook] = []
         # What `_offset` walks for every descriptor of every queue: plain numbers, low memory first.
         self._spans = [(region.start, region.end, region.offset - region.start) for region in self.regions]
 
     @classmethod
-    def of_size(cls, size_bytes: int) -> Self:
+    def of_size(cls, size_bytes: int, *, shared: bool = True) -> Self:
         """RAM of the given size, laid around the hole below 4 GiB."""
-        return cls(ram_regions(size_bytes))
+        return cls(ram_regions(size_bytes), shared=shared)
 
     @property
     def fd(self) -> int:
-        """The memfd; stays owned by this object."""
+        """The memfd; stays owned by this object. Raises ValueError for memory that is not shared."""
         return self._mapping.fd
+
+    @property
+    def touched_bytes(self) -> int:
+        """How much of it the host has given so far."""
+        return self._mapping.touched_bytes
 
     def _offset(self, gpa: int, size_bytes: int) -> int:
         for start, end, shift in self._spans:

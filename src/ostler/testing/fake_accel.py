@@ -303,6 +303,7 @@ class FakeAccel:
 
     name = "fake"
     max_vcpus = 8
+    pays_huge_pages = False
 
     def __init__(self, *scripts: Callable[[], Script], supported_model: str | None = None) -> None:
         self.vm = FakeVm(scripts)

@@ -24,7 +24,6 @@ from ostler.vmm.run import GuestProcess
 from ostler.vmm.server import Connection, ControlServer
 
 DEFAULT_GRACE_S, MAX_GRACE_S = 30.0, 3600.0
-BLOCK_BYTES = 512
 MAX_STATUS, MAX_REASON = 255, 200
 Statistics = Callable[[], Message]
 
@@ -105,7 +104,7 @@ class GuestService:
             "cpu_time_ns": time.process_time_ns(),
             "memory": {
                 "size_bytes": self._process.machine.spec.memory_bytes,
-                "touched_bytes": os.fstat(memory.fd).st_blocks * BLOCK_BYTES,
+                "touched_bytes": memory.touched_bytes,
                 "process_rss_bytes": _resident_bytes(),
             },
         }

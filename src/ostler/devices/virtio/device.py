@@ -48,6 +48,9 @@ class VirtioDevice(ABC):
     """Kicks are served in the thread of the processor that notifies, before it goes on: worth it where an answer takes
     less time than waking another thread. Otherwise they come on the event loop's."""
 
+    shares_memory: ClassVar[bool] = False
+    """Another program serves it and maps guest memory, which then must be a memfd."""
+
     def __init__(self) -> None:
         self.config_changed: Callable[[], None] = _unconnected
         """Raises a configuration-change interrupt; set by the transport."""

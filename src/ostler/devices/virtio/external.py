@@ -49,6 +49,8 @@ class Server(Protocol):
 class ExternalDevice(VirtioDevice):
     """A device served by another program."""
 
+    shares_memory = True
+
     def __init__(self, server: Server, *, queue_sizes: tuple[int, ...], feature_mask: int) -> None:
         """`feature_mask` is what of the server's features this device may offer."""
         super().__init__()
