@@ -124,8 +124,10 @@ def _disk(
         _copy(file, kind, disk, progress)
         _enlarge(file, disk, size_bytes)
         info, own_boot, system = _look(file, disk)
+        first = boot or own_boot
         config = store.config_of(
-            store.Defaults(reference=file.name, source="disk", boot=boot or own_boot, command=("sh",)),
+            # An init of its own needs nobody to tell it what to run.
+            store.Defaults(reference=file.name, source="disk", boot=first, command=() if first == "init" else ("sh",)),
             fetched, info, os=system,
         )  # fmt: skip
         return store.admit(folder, config, fetched, modules, names=names, progress=progress)
