@@ -1,7 +1,6 @@
 //! The operation `shutdown`: power off or restart, as the guest's first process or through it.
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -23,6 +22,10 @@ use crate::wire::Kind;
 const SYSTEMD_POWER_OFF: i32 = 4;
 const SYSTEMD_REBOOT: i32 = 5;
 
+/// systemd gives a service 90 s to end.
+const INIT_LIMIT: Duration = Duration::from_secs(120);
+const ASK_AGAIN: Duration = Duration::from_secs(3);
+
 #[derive(Clone, Copy, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 enum Mode {
@@ -42,7 +45,7 @@ fn default_grace_ms() -> u64 {
     5_000
 }
 
-/// Answers, then ends the guest. Does not return where it is the agent's to end it.
+/// Answers, then ends the guest; does not return.
 pub fn serve(conn: &mut Conn, payload: &[u8], context: &Context) -> Outcome<()> {
     let request: Request = parse(payload)?;
     if !context.is_init && std::process::id() != 1 && !nix::unistd::geteuid().is_root() {
@@ -52,17 +55,34 @@ pub fn serve(conn: &mut Conn, payload: &[u8], context: &Context) -> Outcome<()> 
         conn.send_json(Kind::Reply, &json!({"by": "agent"}))?;
         end(request.mode, Duration::from_millis(request.grace_ms.min(600_000)));
     }
-    if Path::new("/run/systemd/system").exists() {
-        conn.send_json(Kind::Reply, &json!({"by": "systemd"}))?;
-        let number = libc::SIGRTMIN() + if request.mode == Mode::Reboot { SYSTEMD_REBOOT } else { SYSTEMD_POWER_OFF };
-        // SAFETY: sends a signal; no memory is involved.
-        unsafe { libc::kill(1, number) };
-        return Ok(());
+    let by = own_init();
+    conn.send_json(Kind::Reply, &json!({"by": by}))?;
+    ask_init(&by, request.mode);
+    // The image's init had its time, and ignored or lost it: this guest is to end now.
+    end(request.mode, Duration::from_millis(request.grace_ms.min(600_000)))
+}
+
+/// The program that is process 1.
+fn own_init() -> String {
+    let path = std::fs::read_link("/proc/1/exe").unwrap_or_default();
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Asks process 1 again and again: while it is still starting it hears no signal and has no socket.
+fn ask_init(by: &str, mode: Mode) {
+    let deadline = Instant::now() + INIT_LIMIT;
+    while Instant::now() < deadline {
+        if by == "systemd" {
+            let number = libc::SIGRTMIN() + if mode == Mode::Reboot { SYSTEMD_REBOOT } else { SYSTEMD_POWER_OFF };
+            // SAFETY: sends a signal; no memory is involved.
+            unsafe { libc::kill(1, number) };
+        } else {
+            let program = if mode == Mode::Reboot { "reboot" } else { "poweroff" };
+            let null = std::process::Stdio::null;
+            let _ = Command::new(program).env("PATH", crate::spawn::PATH).stdout(null()).stderr(null()).status();
+        }
+        std::thread::sleep(ASK_AGAIN);
     }
-    let program = if request.mode == Mode::Reboot { "reboot" } else { "poweroff" };
-    let started = Command::new(program).env("PATH", crate::spawn::PATH).spawn();
-    started.map_err(|error| Refusal::io(program, &error))?;
-    conn.send_json(Kind::Reply, &json!({"by": program}))
 }
 
 /// Powers off because the kernel or the command line asked for it.
