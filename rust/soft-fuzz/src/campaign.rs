@@ -18,13 +18,25 @@ const VARIANTS: usize = 4;
 /// Different memory contents, chosen among by each variant.
 const FILLS: u64 = 64;
 
-/// The two executors, and a comparison's buffers.
+/// The executors, and a comparison's buffers.
 pub struct Comparer {
     native: Native,
     subject: subject::Subject,
+    translating: subject::Subject,
     native_outcome: Outcome,
     ours: Outcome,
     trace: Trace,
+}
+
+/// How the engine executes a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The interpreter, one instruction at a time.
+    Stepping,
+    /// The interpreter, by decoded blocks.
+    Blocks,
+    /// Translated code.
+    Translated,
 }
 
 /// What a comparison says.
@@ -32,11 +44,8 @@ pub struct Comparer {
 pub enum Verdict {
     /// Both executors agree.
     Same,
-    /// They do not; in the interpreter's stepping or in its block mode.
-    Different {
-        /// Found when stepping.
-        stepping: bool,
-    },
+    /// They do not, and this is how the instructions were executed.
+    Different(Way),
     /// The case left the path that the host may take, or does not end.
     Skipped,
 }
@@ -47,13 +56,14 @@ impl Comparer {
         Ok(Self {
             native: Native::new()?,
             subject: subject::Subject::new()?,
+            translating: subject::Subject::translating()?,
             native_outcome: Outcome::default(),
             ours: Outcome::default(),
             trace: Trace::default(),
         })
     }
 
-    /// Executes a case with this memory three times: stepping, natively, by blocks.
+    /// Executes a case with this memory four times: stepping, natively, by blocks, translated.
     pub fn compare(&mut self, case: &Case, memory: &Memory) -> Verdict {
         self.subject.place(case);
         self.subject.step(case, memory, &mut self.ours, &mut self.trace);
@@ -62,11 +72,16 @@ impl Comparer {
         }
         self.native.run(case, memory, &mut self.native_outcome);
         if self.differs(case) {
-            return Verdict::Different { stepping: true };
+            return Verdict::Different(Way::Stepping);
         }
         self.subject.run(case, memory, &mut self.ours);
         if self.differs(case) {
-            return Verdict::Different { stepping: false };
+            return Verdict::Different(Way::Blocks);
+        }
+        self.translating.place(case);
+        self.translating.run(case, memory, &mut self.ours);
+        if self.differs(case) {
+            return Verdict::Different(Way::Translated);
         }
         Verdict::Same
     }
@@ -146,7 +161,7 @@ impl<'a> Campaign<'a> {
             match self.comparer.compare(&case, &self.fills[case.fill as usize]) {
                 Verdict::Same => self.count(&codes),
                 Verdict::Skipped => self.totals.skipped += 1,
-                Verdict::Different { .. } => {
+                Verdict::Different(_) => {
                     let subject = shrink::Subject { bits, sequence, state: case.state, fill: case.fill };
                     return Some(self.reduce(subject));
                 }
@@ -176,7 +191,7 @@ impl<'a> Campaign<'a> {
         let comparer = &mut self.comparer;
         let mut fails = |case: &Case| {
             let memory = case.memory();
-            matches!(comparer.compare(case, &memory), Verdict::Different { .. })
+            matches!(comparer.compare(case, &memory), Verdict::Different(_))
         };
         let case = shrink(subject, &mut fails).case();
         let memory = case.memory();

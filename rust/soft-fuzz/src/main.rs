@@ -108,7 +108,10 @@ fn fuzz(options: &Options) -> Result<bool, String> {
     let seconds = start.elapsed().as_secs_f64();
     let (totals, rows) = (&campaign.totals, catalogue.rows.len());
     println!("seed                     {:>12}", options.seed);
-    println!("instructions compared    {:>12}  in {seconds:.1} s, stepping and by blocks", totals.instructions);
+    println!(
+        "instructions compared    {:>12}  in {seconds:.1} s, stepping, by blocks and translated",
+        totals.instructions
+    );
     println!("cases compared           {:>12}", totals.cases);
     println!("cases not comparable     {:>12}", totals.skipped);
     println!("exceptions compared      {:>12}", campaign.coverage.faults());

@@ -81,6 +81,15 @@ impl Subject {
         Ok(subject)
     }
 
+    /// The same with the translator, which translates at once what is executed.
+    pub fn translating() -> Result<Self, String> {
+        let mut subject = Self::new()?;
+        if !subject.cpu.use_translator(1) {
+            return Err("no memory for translated code".to_owned());
+        }
+        Ok(subject)
+    }
+
     fn map_areas(&mut self) {
         self.map(CODE, CODE_BYTES, 0);
         self.map(DATA, DATA_BYTES, WRITE | NO_EXECUTE);

@@ -426,6 +426,10 @@ impl Board for VcpuBoard {
         self.0.machine.peers.code_found(self.0.peer.id, gpa);
     }
 
+    fn code_changed(&mut self) {
+        self.0.machine.peers.code_changed(self.0.peer.id);
+    }
+
     fn hypercall(&mut self, nr: u64, args: [u64; 4]) -> u64 {
         match nr {
             HC_VAPIC_POLL_IRQ => 0,

@@ -206,6 +206,15 @@ impl Peers {
         list.iter().all(|peer| peer.acted_on(bit))
     }
 
+    /// vCPU `from` stored into code: the others look for theirs anew.
+    pub fn code_changed(&self, from: u32) {
+        self.for_each(|peer| {
+            if peer.id != from {
+                peer.shared.raise(attention::CODE);
+            }
+        });
+    }
+
     /// vCPU `from` found code on the page at `gpa`: every other one must stop storing to it
     /// unnoticed. One that is outside forgets all write translations when it comes in; one that is
     /// inside may have stored since, and is told the page.

@@ -15,6 +15,7 @@ use crate::board::{Local, VcpuBoard};
 use crate::clock::lock;
 use crate::cpu::run::RunEnd;
 use crate::cpu::state::rflags;
+use crate::cpu::translate::HOT;
 use crate::cpu::{attention, Cpu, Exit};
 use crate::ioctl::requests::*;
 use crate::ioctl::{cpuid, events, int, msrs, regs, sregs, xstate, Answer};
@@ -51,6 +52,9 @@ impl Vcpu {
         let id = local.peer.id;
         let board = Box::new(VcpuBoard(local.clone()));
         let mut cpu = Cpu::new(id, local.machine.slots(), local.peer.shared.clone(), board);
+        if std::env::var_os("OSTLER_ENGINE").is_some_and(|engine| engine == "translate") {
+            cpu.use_translator(HOT);
+        }
         cpu.wait_sipi = local.lapic().is_some() && !local.machine.is_boot_vcpu(id);
         let core = Mutex::new(Core { cpu, waiting: None });
         Ok(Self { inner: Arc::new(Inner { local, page, core }) })

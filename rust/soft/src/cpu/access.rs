@@ -273,6 +273,7 @@ impl Cpu {
             slot.mark_dirty(page.gpa);
             if note_store(slot.code_word(page.gpa), page.gpa & 0xfff, size) {
                 self.code_changed();
+                self.board.code_changed();
             }
         }
         // SAFETY: gpa lies within the slot.

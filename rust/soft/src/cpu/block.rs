@@ -10,6 +10,7 @@
 use super::bind::{bind, Thunks};
 use super::op::Op;
 use super::state::{seg, CodeSize};
+use super::translate::Translation;
 use super::{Cpu, Exit, Stop, R};
 use crate::mem::{granules, note_store, PAGE_SIZE};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic};
@@ -20,7 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering::*};
 /// Most instructions in a block.
 const MAX_OPS: usize = 32;
 /// Most bytes in a block, so that offsets fit `Op::end`.
-const MAX_BYTES: usize = 240;
+pub(crate) const MAX_BYTES: usize = 240;
 /// Longest x86 instruction.
 const MAX_INSTRUCTION: usize = 15;
 /// Entries of the jump cache.
@@ -49,6 +50,10 @@ pub(crate) struct Block {
     /// The page's generation that it was decoded under.
     generation: u32,
     word: *const AtomicU64,
+    /// Host address of its first byte.
+    pub host: *const u8,
+    /// Its translation.
+    pub code: Translation,
     /// Ends in a near direct branch or falls through: successors may be linked.
     pub linkable: bool,
     pub bytes: u8,
@@ -61,6 +66,11 @@ impl Block {
     /// Its one instruction goes on in the next page.
     pub fn straddles(&self) -> bool {
         self.second.is_some()
+    }
+
+    /// Its page's word, and the generation it was decoded under.
+    pub fn stamp(&self) -> (*const AtomicU64, u32) {
+        (self.word, self.generation)
     }
 
     #[inline(always)]
@@ -414,6 +424,8 @@ impl Cpu {
             count,
             generation,
             word,
+            host: (key >> 2) as *const u8,
+            code: Translation::NONE,
             linkable: linkable && second.is_none(),
             bytes: end as u8,
             second,
@@ -429,6 +441,7 @@ impl Cpu {
     /// After a store changed decoded code: if it was the running block, its remaining operations
     /// must not run.
     pub(crate) fn code_changed(&mut self) {
+        self.native.left = 1;
         let current = self.blocks.current;
         if current.is_null() {
             return;
@@ -496,7 +509,7 @@ impl Cpu {
 }
 
 /// Copies guest bytes that another CPU may be writing.
-fn copy(host: *const u8, into: &mut [u8]) {
+pub(crate) fn copy(host: *const u8, into: &mut [u8]) {
     for (index, byte) in into.iter_mut().enumerate() {
         // SAFETY: the caller stays within the page of `host`.
         *byte = unsafe { std::ptr::read_volatile(host.add(index)) };

@@ -132,6 +132,8 @@ impl Cpu {
         self.tlb.mode = mode;
         let array = if self.uncached() { NEVER } else { mode as usize };
         self.tlb_now = self.tlb.array(array);
+        self.forget_stack_page();
+        self.refresh_context();
     }
 
     /// Every access takes the slow path and fills nothing: alignment checks, data breakpoints.
@@ -152,16 +154,18 @@ impl Cpu {
 
     /// Forgets every translation (CR0.PG, CR4 paging bits, slots changed).
     pub fn flush_all(&mut self) {
+        self.forget_stack_page();
         self.note_lost_write();
         self.tlb.clear();
         self.tlb.asid_of_pcid.fill(0);
         self.tlb.next_asid = 1;
-        self.exec_epoch += 1;
+        self.new_exec_epoch();
         self.select_asid();
     }
 
     /// Forgets the write permissions cached: a dirty log was read or code was found.
     pub fn flush_writes(&mut self) {
+        self.native.stack_page = INVALID;
         self.tlb.drop_writes();
     }
 
@@ -172,9 +176,22 @@ impl Cpu {
         self.tlb.writes_lost |= self.shared.attention.load(Relaxed) & attention::WRITES != 0;
     }
 
+    /// Translated code's stack page may be stored to, too.
+    #[inline]
+    fn forget_stack_page(&mut self) {
+        if self.native.stack_page != INVALID {
+            self.note_lost_write();
+            self.native.stack_page = INVALID;
+        }
+    }
+
     /// Forgets the write permissions cached for one host page; tells whether there were any.
     pub(crate) fn flush_writes_of(&mut self, host_page: usize) -> bool {
-        let mut any = false;
+        let stack = self.native.stack_page.wrapping_add(self.native.stack_addend) as usize;
+        let mut any = self.native.stack_page != INVALID && stack == host_page;
+        if any {
+            self.native.stack_page = INVALID;
+        }
         for entry in self.tlb.arrays.iter_mut().flatten() {
             if entry.w != INVALID && ((entry.w & !0xfff) as usize).wrapping_add(entry.addend) == host_page {
                 entry.w = INVALID;
@@ -201,12 +218,14 @@ impl Cpu {
                 self.tlb.clear();
                 self.tlb.asid_of_pcid.fill(0);
                 self.tlb.next_asid = 1;
-                self.exec_epoch += 1;
+                self.new_exec_epoch();
             }
             self.tlb.asid_of_pcid[pcid] = self.tlb.next_asid;
             self.tlb.next_asid += 1;
         }
         self.asid = self.tlb.asid_of_pcid[pcid] as u64;
+        self.forget_stack_page();
+        self.refresh_context();
     }
 
     /// After CR3 was loaded; `keep` when its bit 63 asked not to flush the PCID.
@@ -229,6 +248,7 @@ impl Cpu {
     /// are, in 4 KiB fragments; for them everything goes.
     pub fn invlpg(&mut self, linear: u64) {
         let region = linear >> 21;
+        self.forget_stack_page();
         self.note_lost_write();
         for array in self.tlb.arrays.iter_mut() {
             let first = index(linear & !0x1f_ffff);
@@ -239,7 +259,7 @@ impl Cpu {
                 }
             }
         }
-        self.exec_epoch += 1;
+        self.new_exec_epoch();
     }
 
     /// Installs a translation. `writable` and `executable` as far as they may be cached now.

@@ -18,6 +18,7 @@
 //! | `op.rs`, `bind.rs`, `table.rs` | decoded operations and the opcode table |
 //! | `block.rs`, `run.rs` | decoded blocks and the main loop |
 //! | `exec/` | the handlers |
+//! | `translate/` | native code for blocks that run often |
 
 pub mod access;
 pub mod alu;
@@ -43,6 +44,7 @@ pub mod state;
 pub mod table;
 pub mod task;
 pub mod testing;
+pub mod translate;
 pub mod walk;
 
 use crate::mem::SlotMap;
@@ -160,6 +162,8 @@ pub mod attention {
     pub const WRITES: u32 = 16;
     /// MMIO writes are queued in `Cpu::io`.
     pub const QUEUED: u32 = 32;
+    /// Code changed somewhere: leave loops of translated code and look for it anew.
+    pub const CODE: u32 = 128;
     /// TF, debug registers or guest debugging: one instruction at a time.
     pub const SINGLE: u32 = 64;
 }
@@ -221,6 +225,8 @@ pub trait Board: Send {
     /// The first decoded code on page `gpa` (page address): every other vCPU must drop its write
     /// translations of it.
     fn code_page(&mut self, gpa: u64);
+    /// This vCPU changed code: the others must not stay in what they made of it.
+    fn code_changed(&mut self) {}
     /// Hypercall (VMCALL/VMMCALL): nr, a0..a3 -> result.
     fn hypercall(&mut self, nr: u64, args: [u64; 4]) -> u64;
 }
@@ -231,17 +237,27 @@ pub const ZERO: u8 = 16;
 pub const RIP_BASE: u8 = 17;
 
 /// A virtual CPU.
+///
+/// What translated code touches comes first, within reach of a one-byte displacement; see
+/// `translate/layout.rs`.
+#[repr(C)]
 pub struct Cpu {
     /// GPRs in encoding order, [`ZERO`], [`RIP_BASE`].
     pub regs: [u64; 18],
-    /// Effective segment bases by segment number ES CS SS DS FS GS: zero in 64-bit mode but for FS, GS.
-    pub seg_base: [u64; 8],
     /// The TLB array of the current mode.
     pub(crate) tlb_now: *mut mmu::Entry,
     /// The address space number in force, in the low 12 bits of every tag.
     pub(crate) asid: u64,
+    /// Instructions retired.
+    pub retired: u64,
     /// Arithmetic flags: high byte as LAHF gives it, low byte OF (0 or 1).
     pub flags: u16,
+    /// What translated code keeps.
+    pub(crate) native: translate::layout::Native,
+    /// Effective segment bases by segment number ES CS SS DS FS GS: zero in 64-bit mode but for FS, GS.
+    pub seg_base: [u64; 8],
+    /// And what it hands out.
+    pub(crate) native_out: translate::layout::Out,
     /// Segmentation needs checks (not 64-bit mode).
     pub(crate) legacy: bool,
     /// The other RFLAGS bits (TF IF DF IOPL NT RF VM AC VIF VIP ID).
@@ -307,8 +323,6 @@ pub struct Cpu {
     pub guest_debug_dr: [u64; 8],
     /// Debugging state of the instruction in progress.
     pub(crate) trace: debug::Trace,
-    /// Instructions retired.
-    pub retired: u64,
     /// PAUSEs executed: spinning must end in a yield now and then.
     pub(crate) pauses: u32,
     /// Changes whenever a linear address may translate otherwise; part of the jump cache's key.
@@ -317,6 +331,8 @@ pub struct Cpu {
     pub(crate) pdptr: [u64; 4],
     pub(crate) tlb: Tlb,
     pub(crate) blocks: block::Blocks,
+    /// Translated code; `None` where only the interpreter runs.
+    pub(crate) translator: Option<Box<translate::Translator>>,
     /// x87, MMX, SSE and AVX state.
     pub fp: Box<crate::host::fpstate::FpState>,
     /// Where thunks find their memory operand; taken while one runs.
@@ -338,10 +354,13 @@ impl Cpu {
         let tlb_now = tlb.array(0);
         let mut cpu = Box::new(Self {
             regs: [0; 18],
-            seg_base: [0; 8],
             tlb_now,
             asid: 1,
+            retired: 0,
             flags: 0x0200,
+            native: translate::layout::Native::new(&shared.attention),
+            seg_base: [0; 8],
+            native_out: translate::layout::Out::new(),
             legacy: true,
             sys_flags: 0,
             rip: 0,
@@ -374,12 +393,12 @@ impl Cpu {
             guest_debug: 0,
             guest_debug_dr: [0; 8],
             trace: debug::Trace::default(),
-            retired: 0,
             pauses: 0,
             exec_epoch: 0,
             pdptr: [0; 4],
             tlb,
             blocks: block::Blocks::default(),
+            translator: None,
             fp: Box::default(),
             scratch: None,
             slots,

@@ -2,7 +2,7 @@
 
 use super::block::{Block, Link};
 use super::op::Op;
-use super::state::rflags;
+use super::state::{rflags, CodeSize};
 use super::{attention, Cpu, Exit, Stop, R};
 use std::sync::atomic::Ordering::*;
 
@@ -31,7 +31,7 @@ impl Cpu {
                     Err(end) => return end,
                 }
             }
-            let result = if single { self.step_raw() } else { self.run_blocks() };
+            let result = if single { self.step_raw() } else { self.run_code() };
             if let Err(stop) = result {
                 if let Some(end) = self.settle(stop) {
                     return end;
@@ -94,6 +94,9 @@ impl Cpu {
             self.flush_writes();
             // Cleared last: whoever raised it takes that for "done".
             self.shared.attention.fetch_and(!attention::WRITES, SeqCst);
+        }
+        if bits & attention::CODE != 0 {
+            self.shared.attention.fetch_and(!attention::CODE, SeqCst);
         }
         if bits & attention::QUEUED != 0 {
             if let Some(write) = self.io.queue.pop_front() {
@@ -220,35 +223,52 @@ impl Cpu {
         self.update_modes();
     }
 
+    /// Runs code as it is run fastest.
+    fn run_code(&mut self) -> R {
+        if self.translator.is_some() && self.code_size == CodeSize::B64 {
+            return self.run_translated();
+        }
+        self.run_blocks()
+    }
+
     /// Runs blocks until attention is wanted or an instruction stops. RIP is exact on return.
     fn run_blocks(&mut self) -> R {
         self.shadow = 0;
         let mut block = self.find_block()?;
+        let size = self.code_size;
         loop {
             let base = self.rip;
-            self.regs[17] = base;
-            self.blocks.current = block;
-            // SAFETY: the block belongs to the cache, which only find_block() and attend() change;
-            // its last operation always stops.
-            let (op, stop, count) = unsafe {
-                let mut op = (*block).ops as *const Op;
-                let stop = loop {
-                    match ((*op).f)(self, &*op) {
-                        Ok(()) => op = op.add(1),
-                        Err(stop) => break stop,
-                    }
-                };
-                (op, stop, (*block).count)
-            };
-            if stop != Stop::Branch {
-                return self.stopped(block, op, stop);
-            }
-            self.retired += count as u64;
-            if self.shared.attention.load(Relaxed) != 0 || self.shadow != 0 {
+            self.run_block(block)?;
+            // Code of another size may be the translator's.
+            if size != self.code_size || self.shared.attention.load(Relaxed) != 0 || self.shadow != 0 {
                 return Ok(());
             }
             block = self.next_block(block, base)?;
         }
+    }
+
+    /// Runs one block by its handlers.
+    #[inline(always)]
+    pub(crate) fn run_block(&mut self, block: *mut Block) -> R {
+        self.regs[17] = self.rip;
+        self.blocks.current = block;
+        // SAFETY: the block belongs to the cache, which only find_block() and attend() change; its
+        // last operation always stops.
+        let (op, stop, count) = unsafe {
+            let mut op = (*block).ops as *const Op;
+            let stop = loop {
+                match ((*op).f)(self, &*op) {
+                    Ok(()) => op = op.add(1),
+                    Err(stop) => break stop,
+                }
+            };
+            (op, stop, (*block).count)
+        };
+        if stop != Stop::Branch {
+            return self.stopped(block, op, stop);
+        }
+        self.retired += count as u64;
+        Ok(())
     }
 
     /// The block at RIP after `from` (which began at `base`) ran.
@@ -300,7 +320,7 @@ impl Cpu {
         Err(stop)
     }
 
-    fn place_rip(&mut self, op: &Op, stop: Stop) {
+    pub(crate) fn place_rip(&mut self, op: &Op, stop: Stop) {
         let after = matches!(stop, Stop::ExitAfter | Stop::Leave);
         let offset = op.end - if after { 0 } else { op.len };
         self.retired += after as u64;
@@ -361,7 +381,7 @@ impl Cpu {
     pub fn run_raw(&mut self, limit: u64) -> R {
         let until = self.retired + limit;
         while self.retired < until {
-            match self.run_blocks() {
+            match self.run_code() {
                 Ok(()) | Err(Stop::Again | Stop::Leave | Stop::Branch) => {}
                 Err(stop) => return Err(stop),
             }

@@ -99,6 +99,30 @@ impl CodeWriter {
         Some(address)
     }
 
+    /// Where the next code will be, in bytes from [`Self::start`].
+    pub fn position(&self) -> usize {
+        self.used.next_multiple_of(CODE_ALIGNMENT)
+    }
+
+    /// The executable address of the region's first byte.
+    pub fn start(&self) -> NonNull<u8> {
+        self.code_start
+    }
+
+    /// Bytes handed out.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Replaces four bytes of code at an offset: the displacement of a jump. Nobody may be executing
+    /// that jump.
+    pub fn patch(&mut self, offset: usize, value: i32) {
+        if offset + 4 <= self.used {
+            // SAFETY: the bytes lie inside the writable mapping.
+            unsafe { self.writable.start.as_ptr().add(offset).cast::<i32>().write_unaligned(value) };
+        }
+    }
+
     /// What keeps this region's code mapped.
     pub fn view(&self) -> Arc<ExecView> {
         Arc::clone(&self.view)

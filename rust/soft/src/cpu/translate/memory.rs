@@ -1,0 +1,163 @@
+//! Emit: memory accesses, which look the TLB up as `mmu.rs` describes, and the stack.
+//!
+//! ```text
+//! r11 = linear address
+//! rcx = tlb + (r11 >> 12 & mask) * 32
+//! rax = (r11 + size - 1) & !0xfff | asid          ; with an alignment a: r11 & (!0xfff | a - 1) + asid
+//! rax == [rcx].r or .w, else miss
+//! r11 += [rcx].addend                             ; the host address
+//! ```
+//!
+//! Accesses by RSP are shorter, as they nearly always meet the page that the last one met:
+//!
+//! ```text
+//! r11 & (!0xfff | size - 1) == stack_page, else fill it or look up as above
+//! r11 += stack_addend
+//! ```
+
+use super::asm::{cc, cell, group, Asm, Label, Rm};
+use super::emit::{Emitter, Step};
+use super::layout::{field, host::*, GUEST_RSP};
+use crate::cpu::mmu::{Entry, ENTRIES};
+use crate::cpu::state::seg;
+use iced_x86::Register;
+use std::mem::{offset_of, size_of};
+
+/// log2 of a TLB entry's size.
+const ENTRY_SHIFT: u8 = size_of::<Entry>().trailing_zeros() as u8;
+const _: () = assert!(size_of::<Entry>().is_power_of_two());
+
+/// Offsets in a TLB entry.
+pub(super) const WRITE_TAG: i32 = offset_of!(Entry, w) as i32;
+pub(super) const ADDEND: i32 = offset_of!(Entry, addend) as i32;
+
+/// RCX = the TLB entry of linear address R11.
+pub(super) fn find_entry(asm: &mut Asm) {
+    asm.load32(RCX, Rm::Reg(R11));
+    asm.shift(false, 5, RCX, 12 - ENTRY_SHIFT);
+    asm.alu_imm(false, group::AND, Rm::Reg(RCX), ((ENTRIES - 1) << ENTRY_SHIFT) as i32);
+    asm.alu(true, group::ADD, RCX, cell(field::TLB));
+}
+
+/// R11 becomes a host address, by the TLB.
+fn look_up(asm: &mut Asm, miss: Label, size: usize, write: bool, align: usize) {
+    find_entry(asm);
+    if align > 1 {
+        // Adding keeps apart what the address's low bits and the ASID have in common.
+        asm.load(RAX, Rm::Reg(R11));
+        asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096 | (align as i32 - 1));
+        asm.alu(true, group::ADD, RAX, cell(field::ASID));
+    } else {
+        match size {
+            1 => asm.load(RAX, Rm::Reg(R11)),
+            _ => asm.lea(true, RAX, Some(R11), None, size as i32 - 1),
+        }
+        asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096);
+        asm.alu(true, group::OR, RAX, cell(field::ASID));
+    }
+    let tag = if write { WRITE_TAG } else { offset_of!(Entry, r) as i32 };
+    asm.alu(true, group::CMP, RAX, Rm::Mem(RCX, tag));
+    asm.jump_if(cc::NE, miss);
+    asm.alu(true, group::ADD, R11, Rm::Mem(RCX, ADDEND));
+}
+
+/// A stack access that did not meet the stack page: continued out of line.
+pub(super) struct StackMiss {
+    from: Label,
+    back: Label,
+    miss: Label,
+    size: usize,
+    write: bool,
+}
+
+impl Emitter<'_> {
+    /// R11 = host address of the memory operand. An `align` above 1 is demanded, else the access
+    /// may lie anywhere in its page.
+    pub(super) fn access(&mut self, step: &Step, size: usize, write: bool, align: usize) {
+        self.flags_to_memory();
+        self.effective(step, R11, false);
+        let segment = self.source.ops[self.index].seg();
+        if segment == seg::FS || segment == seg::GS {
+            self.asm.alu(true, group::ADD, R11, cell(field::seg_base(segment)));
+        }
+        let by_rsp = step.ins.memory_base() == Register::RSP && step.ins.memory_index() == Register::None;
+        if by_rsp && size <= 8 && size.is_power_of_two() && align == 1 && segment == seg::SS {
+            return self.stack_access(size, write);
+        }
+        let miss = self.miss_label();
+        look_up(&mut self.asm, miss, size, write, align);
+    }
+
+    fn stack_access(&mut self, size: usize, write: bool) {
+        let (miss, from, back) = (self.miss_label(), self.asm.label(), self.asm.label());
+        self.asm.load(RAX, Rm::Reg(R11));
+        self.asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096 | (size as i32 - 1));
+        self.asm.alu(true, group::CMP, RAX, cell(field::STACK_PAGE));
+        self.asm.jump_if(cc::NE, from);
+        self.asm.alu(true, group::ADD, R11, cell(field::STACK_ADDEND));
+        self.asm.place(back);
+        self.stack_misses.push(StackMiss { from, back, miss, size, write });
+    }
+
+    /// The out-of-line parts of stack accesses.
+    pub(super) fn stack_out_of_line(&mut self) {
+        for StackMiss { from, back, miss, size, write } in std::mem::take(&mut self.stack_misses) {
+            self.asm.place(from);
+            // An access that crosses into the next page must not take this page's address.
+            let unaligned = self.asm.label();
+            if size > 1 {
+                self.asm.alu_imm(false, group::AND, Rm::Reg(RAX), size as i32 - 1);
+                self.asm.jump_if(cc::NE, unaligned);
+            }
+            self.asm.call_to(self.stubs.stack);
+            self.asm.jump_if(cc::E, back);
+            self.asm.place(unaligned);
+            look_up(&mut self.asm, miss, size, write, 1);
+            self.asm.jump(back);
+        }
+    }
+
+    /// R11 = host address of `[base + displacement]`.
+    pub(super) fn check(&mut self, base: u8, displacement: i32, size: usize, write: bool) {
+        self.flags_to_memory();
+        self.asm.lea(true, R11, Some(base), None, displacement);
+        self.stack_access(size, write);
+    }
+
+    pub(super) fn move_rsp(&mut self, by: i32) {
+        self.asm.lea(true, GUEST_RSP, Some(GUEST_RSP), None, by);
+    }
+
+    pub(super) fn push(&mut self, step: &Step) {
+        self.check(GUEST_RSP, -8, 8, true);
+        let Some(guest) = step.plan.operands[0].and_then(|o| o.gpr()) else { return };
+        match super::shape::home(guest) {
+            Rm::Reg(reg) => self.asm.store(Rm::Mem(R11, 0), reg),
+            slot => {
+                self.asm.load(RAX, slot);
+                self.asm.store(Rm::Mem(R11, 0), RAX);
+            }
+        }
+        self.move_rsp(-8);
+    }
+
+    pub(super) fn push_immediate(&mut self, step: &Step) {
+        self.check(GUEST_RSP, -8, 8, true);
+        self.asm.store_imm(8, Rm::Mem(R11, 0), step.ins.immediate(0) as i32);
+        self.move_rsp(-8);
+    }
+
+    pub(super) fn pop(&mut self, step: &Step) {
+        self.check(GUEST_RSP, 0, 8, false);
+        let Some(guest) = step.plan.operands[0].and_then(|o| o.gpr()) else { return };
+        // POP RSP: what was loaded wins.
+        self.move_rsp(8);
+        match super::shape::home(guest) {
+            Rm::Reg(reg) => self.asm.load(reg, Rm::Mem(R11, 0)),
+            slot => {
+                self.asm.load(RAX, Rm::Mem(R11, 0));
+                self.asm.store(slot, RAX);
+            }
+        }
+    }
+}

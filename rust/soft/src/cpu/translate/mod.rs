@@ -1,0 +1,183 @@
+//! The translator: native code for blocks of 64-bit code that run often (engine brief, section 3).
+//!
+//! Guest and host have the same instruction set, so most instructions are copied with other
+//! registers; memory operands go through the software TLB, and whatever is rare or complicated is
+//! done by the interpreter's handler, called from the translated code. The interpreter remains the
+//! reference: every fast path that does not apply ends in the same handlers.
+//!
+//! | stage | file | what |
+//! |---|---|---|
+//! | decode | `shape.rs` | an encoding taken apart |
+//! | analyse | `classes.rs`, `vector.rs` | what is done with an instruction, what it does to the flags |
+//! | emit | `emit.rs`, `memory.rs`, `branch.rs` | host code, by `asm.rs` |
+//! | link | `link.rs`, `run.rs` | pieces joined together, and the loop around them |
+//!
+//! `layout.rs` says where registers and fields are, `stubs.rs` holds the fixed pieces of code.
+
+pub mod asm;
+mod branch;
+mod classes;
+pub mod dump;
+mod emit;
+pub mod layout;
+pub(crate) mod link;
+mod memory;
+mod run;
+mod shape;
+mod stubs;
+#[cfg(test)]
+mod tests;
+mod vector;
+
+use super::block::Block;
+use crate::host::execmem::CodeWriter;
+use iced_x86::InstructionInfoFactory;
+use link::{Exit, Jump, JUMPS};
+use std::any::Any;
+use stubs::Stubs;
+
+/// Bytes of code before everything is dropped, per vCPU.
+const REGION_BYTES: usize = 32 << 20;
+/// How often a block runs before it is translated.
+pub const HOT: u32 = 4;
+
+/// What the translator did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Blocks translated.
+    pub translated: u64,
+    /// Bytes of code made.
+    pub code_bytes: u64,
+    /// Direct exits linked.
+    pub linked: u64,
+    /// Times translated code was entered.
+    pub entries: u64,
+    /// Returns for a direct exit that was not linked yet.
+    pub exits_direct: u64,
+    /// Returns because the jump table did not know an address.
+    pub exits_unknown: u64,
+    /// Returns because a handler stopped.
+    pub exits_stop: u64,
+    /// Times everything was dropped.
+    pub flushes: u64,
+}
+
+/// Translated code of one vCPU.
+pub struct Translator {
+    writer: CodeWriter,
+    stubs: Stubs,
+    exits: Vec<Exit>,
+    jumps: Box<[Jump]>,
+    factory: InstructionInfoFactory,
+    /// `Blocks::clears` when the code was made.
+    clears: u64,
+    hot: u32,
+    /// What a handler panicked with.
+    panic: Option<Box<dyn Any + Send>>,
+    /// Every translation is printed on standard error.
+    dumps: bool,
+    /// There was no room for a piece.
+    full: bool,
+    /// What it did.
+    pub stats: Stats,
+}
+
+// SAFETY: the pointers in `jumps` lead into memory that moves with the Cpu's ownership.
+unsafe impl Send for Translator {}
+
+/// A block's native code.
+#[derive(Clone, Copy)]
+pub(crate) struct Translation {
+    /// Entry with flags in the `Cpu`; null: none yet.
+    pub entry: *const u8,
+    /// Entry with flags in RFLAGS, as an offset in the region.
+    host_entry: u32,
+    /// `entry` as such an offset.
+    memory_entry: u32,
+    /// Executions so far, while there is none.
+    runs: u32,
+}
+
+impl Translation {
+    pub const NONE: Self = Self { entry: std::ptr::null(), host_entry: 0, memory_entry: 0, runs: 0 };
+}
+
+impl Translator {
+    /// An empty one; `None` where no code memory is to be had.
+    pub fn new(hot: u32) -> Option<Box<Self>> {
+        let (writer, stubs) = Self::region()?;
+        Some(Box::new(Self {
+            writer,
+            stubs,
+            exits: Vec::new(),
+            jumps: vec![Jump::NONE; JUMPS].into_boxed_slice(),
+            factory: InstructionInfoFactory::new(),
+            clears: 0,
+            hot,
+            panic: None,
+            dumps: std::env::var_os("OSTLER_DEBUG_ENGINE").is_some_and(|what| what == "blocks"),
+            full: false,
+            stats: Stats::default(),
+        }))
+    }
+
+    fn region() -> Option<(CodeWriter, Stubs)> {
+        let mut writer = CodeWriter::new(REGION_BYTES).ok()?;
+        let (code, stubs) = stubs::build(run::call_out);
+        writer.push(&code)?;
+        Some((writer, stubs))
+    }
+
+    /// Drops all code; the blocks that lead to it are gone.
+    fn flush(&mut self, clears: u64) {
+        self.clears = clears;
+        self.exits.clear();
+        self.forget_jumps();
+        self.stats.flushes += 1;
+        if let Some((writer, stubs)) = Self::region() {
+            (self.writer, self.stubs) = (writer, stubs);
+        }
+    }
+
+    pub(crate) fn forget_jumps(&mut self) {
+        self.jumps.fill(Jump::NONE);
+    }
+
+    /// Translates a block. `false`: there is no room, or it cannot be.
+    fn translate(&mut self, block: &mut Block, bytes: &[u8], offset: usize) -> bool {
+        // SAFETY: a block has `count` operations.
+        let ops = unsafe { std::slice::from_raw_parts(block.ops, block.count as usize) };
+        let source = emit::Source { bytes, ops, offset, page: block.host as usize & !0xfff, linkable: block.linkable };
+        let origin = self.writer.position();
+        let piece = emit::translate(source, &self.stubs, origin, self.exits.len(), &mut self.factory);
+        let Some(piece) = piece else { return false };
+        if self.dumps {
+            eprintln!("block at page offset {offset:#x}\n{}becomes", dump::listing(bytes, offset as u64));
+            eprintln!("{}", dump::listing(&piece.code, origin as u64));
+        }
+        let Some(address) = self.writer.push(&piece.code) else { return false };
+        self.exits.extend(piece.exits);
+        self.stats.translated += 1;
+        self.stats.code_bytes += piece.code.len() as u64;
+        block.code = Translation {
+            // SAFETY: the entry lies within the piece.
+            entry: unsafe { address.as_ptr().add(piece.entry) },
+            host_entry: (origin + piece.host_entry) as u32,
+            memory_entry: (origin + piece.entry) as u32,
+            runs: 0,
+        };
+        true
+    }
+
+    /// Makes exit `exit` lead to `code`.
+    fn link(&mut self, exit: u32, code: &Translation, host: *const u8) {
+        if let Some(Exit::Link { at, flags_in_host, page, .. }) = self.exits.get(exit as usize) {
+            if *page != host as usize & !0xfff {
+                return;
+            }
+            let target = if *flags_in_host { code.host_entry } else { code.memory_entry };
+            self.writer.patch(*at as usize, target as i32 - (*at as i32 + 4));
+            self.stats.linked += 1;
+        }
+    }
+}

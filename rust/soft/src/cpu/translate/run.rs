@@ -1,0 +1,237 @@
+//! Link: the loop around translated code. It finds or makes the code of the block at RIP, joins it to
+//! the exit control came from, and settles what comes back.
+
+use super::layout::BIAS;
+use super::link::{self, Exit, Jump};
+use super::stubs::reason;
+use super::{Translation, Translator};
+use crate::cpu::block::{copy, Block, MAX_BYTES};
+use crate::cpu::mmu::canonical;
+use crate::cpu::op::Op;
+use crate::cpu::state::CodeSize;
+use crate::cpu::{Cpu, Stop, R};
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::sync::atomic::Ordering::Relaxed;
+
+/// `Stop` values by number; see [`call_out`].
+const STOPS: [Stop; 6] = [Stop::Branch, Stop::Fault, Stop::Exit, Stop::ExitAfter, Stop::Again, Stop::Leave];
+
+/// Executes an operation for translated code: zero to go on, else the stop's number plus one.
+///
+/// # Safety
+/// `cpu` and `op` are the ones translated code was made for, its registers are in `cpu`.
+pub(super) unsafe extern "sysv64" fn call_out(cpu: *mut Cpu, op: *const Op) -> u32 {
+    // A panic must not unwind through translated code, which has no tables for it.
+    // SAFETY: the caller's promise.
+    match catch_unwind(AssertUnwindSafe(|| unsafe { ((*op).f)(&mut *cpu, &*op) })) {
+        Ok(Ok(())) => 0,
+        Ok(Err(stop)) => stop as u32 + 1,
+        Err(panic) => {
+            // SAFETY: as above.
+            if let Some(translator) = unsafe { &mut (*cpu).translator } {
+                translator.panic = Some(panic);
+            }
+            PANICKED
+        }
+    }
+}
+
+/// What `call_out` gives after a panic, which goes on behind translated code.
+const PANICKED: u32 = STOPS.len() as u32 + 1;
+
+/// How far around the non-canonical addresses direct branches are not to be translated: their
+/// targets may lie there.
+const MARGIN: u64 = 1 << 32;
+
+fn far_from_the_hole(linear: u64) -> bool {
+    canonical(linear.wrapping_add(MARGIN)) && canonical(linear.wrapping_sub(MARGIN))
+}
+
+impl Cpu {
+    /// Switches translated code on for blocks that ran `hot` times; `false` where the host has no
+    /// memory for it.
+    pub fn use_translator(&mut self, hot: u32) -> bool {
+        self.translator = Translator::new(hot);
+        self.native_out.jumps = self.translator.as_mut().map_or(std::ptr::null_mut(), |t| t.jumps.as_mut_ptr());
+        self.refresh_context();
+        self.translator.is_some()
+    }
+
+    /// After whatever [`Cpu::context`] is made of has changed.
+    #[inline]
+    pub(crate) fn refresh_context(&mut self) {
+        self.native.context = self.context() as u32;
+    }
+
+    /// A linear address may translate otherwise from now on.
+    pub(crate) fn new_exec_epoch(&mut self) {
+        self.exec_epoch += 1;
+        // Only 16 bits of it are in the jump table's context.
+        if self.exec_epoch & 0xffff == 0 {
+            if let Some(translator) = &mut self.translator {
+                translator.forget_jumps();
+            }
+        }
+        self.refresh_context();
+    }
+
+    /// As `run_blocks`, with translated code where there is some.
+    pub(crate) fn run_translated(&mut self) -> R {
+        self.shadow = 0;
+        self.native.left = 0;
+        let mut from = None;
+        loop {
+            if self.translator.as_mut().is_some_and(|t| std::mem::take(&mut t.full)) {
+                self.blocks.clear();
+            }
+            let clears = self.blocks.clears;
+            let block = self.find_block()?;
+            if clears != self.blocks.clears {
+                from = None;
+            }
+            // SAFETY: the block belongs to the cache, which changes in find_block() only.
+            let reached = match unsafe { self.native_code(&mut *block) } {
+                Some(code) => {
+                    self.arrive(from, &code, block);
+                    self.enter(&code)?
+                }
+                None => {
+                    self.run_block(block)?;
+                    None
+                }
+            };
+            if self.shared.attention.load(Relaxed) != 0 || self.shadow != 0 {
+                return Ok(());
+            }
+            from = reached;
+        }
+    }
+
+    /// The block's code, made now if it is time.
+    unsafe fn native_code(&mut self, block: &mut Block) -> Option<Translation> {
+        if self.blocks.clears != self.translator.as_ref()?.clears {
+            let clears = self.blocks.clears;
+            self.translator.as_mut()?.flush(clears);
+        }
+        if !far_from_the_hole(self.rip) {
+            return None;
+        }
+        if !block.code.entry.is_null() {
+            return Some(block.code);
+        }
+        block.code.runs = block.code.runs.saturating_add(1);
+        let fits = self.code_size == CodeSize::B64 && !block.straddles();
+        if block.code.runs < self.translator.as_ref()?.hot || !fits {
+            return None;
+        }
+        let mut bytes = [0u8; MAX_BYTES];
+        let bytes = &mut bytes[..block.bytes as usize];
+        // They are those it was decoded from if its page's generation still stands afterwards.
+        copy(block.host, bytes);
+        if !block.valid() {
+            return None;
+        }
+        let offset = self.rip as usize & 0xfff;
+        if self.translator.as_mut()?.translate(block, bytes, offset) {
+            return Some(block.code);
+        }
+        block.code.runs = 0;
+        if self.translator.as_ref()?.writer.used() > super::REGION_BYTES / 2 {
+            // Full: everything goes, the block too, once this one has run.
+            self.translator.as_mut()?.full = true;
+        }
+        None
+    }
+
+    /// Control came to `code` from an exit: next time it shall do so by itself.
+    fn arrive(&mut self, from: Option<u32>, code: &Translation, block: *const Block) {
+        let linear = self.rip;
+        let context = self.native.context;
+        let Some(translator) = &mut self.translator else { return };
+        match from {
+            // SAFETY: as in run_translated().
+            Some(exit) => translator.link(exit, code, unsafe { (*block).host }),
+            None => {
+                // SAFETY: as in run_translated().
+                let (word, generation) = unsafe { (*block).stamp() };
+                translator.jumps[link::index(linear)] = Jump { linear, code: code.entry, word, context, generation };
+            }
+        }
+    }
+
+    /// Runs translated code until it comes back: RIP is exact then. Gives the exit to be linked.
+    fn enter(&mut self, code: &Translation) -> R<Option<u32>> {
+        self.native.page = self.rip & !0xfff;
+        self.blocks.current = std::ptr::null_mut();
+        let Some(translator) = &mut self.translator else { return Ok(None) };
+        translator.stats.entries += 1;
+        let start = translator.writer.start();
+        // SAFETY: the stub at this offset is a function of this type.
+        let enter: unsafe extern "sysv64" fn(*mut u8, *const u8) -> u32 =
+            unsafe { std::mem::transmute(start.as_ptr().add(translator.stubs.enter)) };
+        let cpu: *mut Cpu = self;
+        // SAFETY: the code was made for this vCPU from a block that is valid now; nothing else uses
+        // the Cpu meanwhile, and what the code calls gets it by pointer.
+        let reason = unsafe { enter((cpu as *mut u8).add(BIAS), code.entry) };
+        self.settle_native(reason)
+    }
+
+    fn settle_native(&mut self, reason: u32) -> R<Option<u32>> {
+        let Some(translator) = &mut self.translator else { return Ok(None) };
+        let exit = self.native_out.exit;
+        match reason {
+            reason::LINK => {
+                translator.stats.exits_direct += 1;
+                if let Some(Exit::Link { target, .. }) = translator.exits.get(exit as usize) {
+                    self.rip = self.native.page + *target as u64;
+                }
+                Ok(Some(exit))
+            }
+            reason::STOP => {
+                translator.stats.exits_stop += 1;
+                self.settle_stop().map(|()| None)
+            }
+            reason => {
+                translator.stats.exits_unknown += 1;
+                if reason == reason::INDIRECT && !canonical(self.rip) {
+                    return Err(self.take_back(exit));
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    /// A handler stopped in translated code.
+    fn settle_stop(&mut self) -> R {
+        if let Some(panic) = self.translator.as_mut().and_then(|t| t.panic.take()) {
+            resume_unwind(panic);
+        }
+        let index = (self.native_out.at >> 16) as u64;
+        self.retired += index;
+        let stop = STOPS[(self.native_out.stop as usize - 1) % STOPS.len()];
+        // SAFETY: the operation belongs to a block of the cache.
+        let op = unsafe { &*(self.native_out.op as *const Op) };
+        match stop {
+            Stop::Branch => {
+                self.retired += 1;
+                Ok(())
+            }
+            stop => {
+                self.place_rip(op, stop);
+                Err(stop)
+            }
+        }
+    }
+
+    /// An indirect branch led to an address that is not canonical: #GP(0) at the branch.
+    #[cold]
+    fn take_back(&mut self, exit: u32) -> Stop {
+        let exits = self.translator.as_ref().and_then(|t| t.exits.get(exit as usize));
+        if let Some(Exit::Indirect { from, popped }) = exits {
+            self.rip = self.native.page + *from as u64;
+            self.regs[4] = self.regs[4].wrapping_sub(*popped as u64);
+            self.retired -= 1;
+        }
+        self.gp(0)
+    }
+}

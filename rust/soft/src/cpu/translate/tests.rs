@@ -1,0 +1,113 @@
+//! The translator against the interpreter on programs whose shape matters: loops, links, faults,
+//! code that changes. `soft-fuzz` compares what single instructions do.
+
+use crate::cpu::testing::Bench;
+use crate::cpu::{attention, vector, Stop};
+use crate::mem::note_store;
+
+const CODE: u64 = 0x10_000;
+
+fn bench(code: &[u8], hot: u32) -> Bench {
+    let mut bench = Bench::new(1 << 20).long_mode(CODE, false);
+    bench.load(CODE, code);
+    if hot != 0 {
+        assert!(bench.cpu.use_translator(hot));
+    }
+    bench
+}
+
+/// Runs until a fault under both; gives the translator's side after comparing them.
+fn both(code: &[u8], prepare: impl Fn(&mut Bench)) -> Bench {
+    let [mut interpreted, mut translated] = [0, 1].map(|hot| bench(code, hot));
+    for side in [&mut interpreted, &mut translated] {
+        prepare(side);
+        assert_eq!(side.cpu.run_raw(10_000_000), Err(Stop::Fault));
+    }
+    let (a, b) = (&interpreted.cpu, &translated.cpu);
+    assert_eq!(a.regs[..16], b.regs[..16]);
+    assert_eq!((a.rip, a.rflags(), a.fault, a.retired), (b.rip, b.rflags(), b.fault, b.retired));
+    translated
+}
+
+#[test]
+fn test_translate_loop_with_memory_and_calls_ends_as_interpreted() {
+    // mov ecx, 5000; l: push rcx; call f; pop rcx; dec ecx; jnz l; ud2
+    // f: inc qword [rsp-8]; add rax, [rsp+8]; adc r9, 1; ret
+    let code = [
+        0xb9, 0x88, 0x13, 0, 0, 0x51, 0xe8, 7, 0, 0, 0, 0x59, 0xff, 0xc9, 0x75, 0xf5, 0x0f, 0x0b, 0x48, 0xff, 0x44,
+        0x24, 0xf8, 0x48, 0x03, 0x44, 0x24, 8, 0x49, 0x83, 0xd1, 1, 0xc3,
+    ];
+    let translated = both(&code, |_| {});
+    let stats = translated.cpu.translator.as_ref().map(|t| t.stats).unwrap_or_default();
+    assert!(stats.translated > 0 && stats.entries < 100, "{stats:?}");
+}
+
+#[test]
+fn test_translate_fault_in_mid_block_is_exact() {
+    // stc; mov rbx, 0x40000000 (not mapped); inc rdx; add rsi, [rbx]; inc rdx
+    let code = [0xf9, 0xbb, 0, 0, 0, 0x40, 0x48, 0xff, 0xc2, 0x48, 0x03, 0x33, 0x48, 0xff, 0xc2];
+    let translated = both(&code, |bench| (bench.cpu.regs[2], bench.cpu.regs[6]) = (0, 7));
+    assert_eq!(translated.cpu.fault.vector, vector::PF);
+    assert_eq!((translated.cpu.regs[2], translated.cpu.regs[6], translated.cpu.rip), (1, 7, CODE + 9));
+}
+
+#[test]
+fn test_translate_store_into_its_own_block_executes_the_new_code() {
+    // mov ecx, 9; l: mov [rip+1], cl (the next one's immediate); mov al, 0; add rdx, rax; dec ecx; jnz l; ud2
+    let code = [0xb9, 9, 0, 0, 0, 0x88, 0x0d, 1, 0, 0, 0, 0xb0, 0, 0x48, 1, 0xc2, 0xff, 0xc9, 0x75, 0xf1, 0x0f, 0x0b];
+    let translated = both(&code, |bench| bench.cpu.regs[2] = 0);
+    assert_eq!(translated.cpu.regs[2], 45);
+}
+
+#[test]
+fn test_translate_return_to_an_address_that_is_not_canonical_faults_at_the_return() {
+    // mov rax, 0x8000_0000_0000; push rax; ret
+    let code = [0x48, 0xb8, 0, 0, 0, 0, 0, 0x80, 0, 0, 0x50, 0xc3];
+    let translated = both(&code, |_| {});
+    assert_eq!((translated.cpu.fault.vector, translated.cpu.rip), (vector::GP, CODE + 11));
+    assert_eq!(translated.cpu.regs[4], 0x7ff8);
+}
+
+#[test]
+fn test_translate_endless_loop_sees_attention_and_changed_code() {
+    // l: inc rax; jmp l
+    let mut bench = bench(&[0x48, 0xff, 0xc0, 0xeb, 0xfb], 1);
+    let shared = bench.cpu.shared.clone();
+    let kicker = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        shared.raise(attention::KICK);
+    });
+    assert_eq!(bench.cpu.run_raw(u64::MAX / 2), Ok(()));
+    kicker.join().unwrap();
+    assert!(bench.cpu.retired > 1000);
+    // What another vCPU does: new bytes, then the generation.
+    bench.load(CODE, &[0x0f, 0x0b]);
+    if let Some(slot) = bench.cpu.slots.find(CODE) {
+        note_store(slot.code_word(CODE), 0, 2);
+    }
+    bench.cpu.shared.attention.store(0, std::sync::atomic::Ordering::SeqCst);
+    let before = bench.cpu.retired;
+    let result = bench.cpu.run_raw(10);
+    assert_eq!(result, if bench.cpu.rip == CODE { Err(Stop::Fault) } else { Ok(()) });
+    assert!(bench.cpu.retired < before + 20);
+}
+
+#[test]
+fn test_translate_vector_state_is_the_cpus_again_after_a_fault() {
+    // movd xmm5, eax; paddd xmm5, xmm5; cvtsi2sd xmm6, eax; ud2
+    let code = [0x66, 0x0f, 0x6e, 0xe8, 0x66, 0x0f, 0xfe, 0xed, 0xf2, 0x0f, 0x2a, 0xf0, 0x0f, 0x0b];
+    let translated = both(&code, |bench| bench.cpu.regs[0] = 21);
+    assert_eq!(translated.cpu.fp.xmm(5), 42);
+    assert_eq!(translated.cpu.fp.xmm(6) as u64, 21f64.to_bits());
+}
+
+#[test]
+fn test_translate_unmasked_simd_exception_is_the_guests() {
+    // xorps xmm0, xmm0; divss xmm1, xmm0 with every exception unmasked
+    let code = [0x0f, 0x57, 0xc0, 0xf3, 0x0f, 0x5e, 0xc8];
+    let translated = both(&code, |bench| {
+        bench.cpu.fp.set_mxcsr(0);
+        bench.cpu.fp.set_xmm(1, 0x3f80_0000);
+    });
+    assert_eq!((translated.cpu.fault.vector, translated.cpu.rip), (vector::XM, CODE + 3));
+}
