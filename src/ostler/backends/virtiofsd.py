@@ -1,7 +1,9 @@
 """virtiofsd as the program behind a shared folder.
 
-As root it confines itself by namespaces; an ordinary user runs it in a user namespace of its own, where that user's
-files belong to the guest's root. A read-only share is mounted so before virtiofsd sees it, whatever the guest asks.
+It runs in namespaces of its own, without the host's network, and confines itself to the folder; an ordinary user gives
+it a user namespace besides, where that user's files belong to the guest's root. A read-only share is mounted so before
+virtiofsd sees it, whatever the guest asks. Root in a container that may not make namespaces does without them, and
+cannot share read-only.
 
 It is not started again when it dies: the guest's open files died with it.
 """
@@ -10,6 +12,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+from functools import cache
 from pathlib import Path
 
 from ostler.backends.helper_socket import connected
@@ -45,9 +49,11 @@ class Virtiofsd:
     def command(self, fd: int) -> list[str]:
         """What is run, `fd` being the listening socket."""
         argv = [self._program, f"--fd={fd}", *self._options()]
-        apart = ["unshare", "--mount"] if self._read_only else []
+        apart = ["unshare", "--mount", "--net", "--ipc"]
         if os.geteuid() != 0:
-            apart = ["unshare", "--map-root-user", *apart[1:]]
+            apart.append("--map-root-user")
+        elif not self._read_only and not _may_unshare():
+            apart = []
         if self._read_only:
             argv = ["/bin/sh", "-c", _READ_ONLY, str(self._folder), *argv]
         return [*apart, *(["--"] if apart else []), *argv]
@@ -59,3 +65,9 @@ class Virtiofsd:
             return ["--shared-dir", folder, "--cache", "auto", "--sandbox", "chroot"]
         escaped = folder.replace("\\", "\\\\").replace(",", "\\,")
         return ["-f", "-o", f"source={escaped}", "-o", "cache=auto", "-o", "sandbox=chroot", "-o", "log_level=warn"]
+
+
+@cache
+def _may_unshare() -> bool:
+    """Whether root is root enough here."""
+    return subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True, check=False).returncode == 0

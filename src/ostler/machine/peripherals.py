@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ostler.abi.virtio import blk
-from ostler.backends.disk import open_raw
+from ostler.backends.disk import default_serial, open_raw
 from ostler.backends.disk_overlay import open_overlay
 from ostler.backends.storage_daemon import StorageDaemon
 from ostler.backends.vhost_user import Launcher, VhostUser
@@ -93,7 +93,8 @@ def _disk(
     )
     stack.callback(daemon.close)
     server = _server(daemon, name, stack, around, queue_count=queue_count, config_bytes=BLK_CONFIG_BYTES)
-    return ExternalBlock(server, queue_sizes=(RING_SIZE,) * queue_count, feature_mask=BLK_FEATURES)
+    serial = disk.serial or default_serial(disk.path)
+    return ExternalBlock(server, serial=serial, queue_sizes=(RING_SIZE,) * queue_count, feature_mask=BLK_FEATURES)
 
 
 def _share(share: ShareSpec, tag: str, stack: contextlib.ExitStack, around: Surroundings) -> VirtioDevice:

@@ -93,7 +93,7 @@ class Rig:
         self.server = self.stack.enter_context(
             VhostUser(daemon, self.host, queue_count=1, config_bytes=60, report=self.reports.append)
         )
-        device = ExternalBlock(self.server, queue_sizes=(64,), feature_mask=(1 << 24) - 1)
+        device = ExternalBlock(self.server, serial="mine", queue_sizes=(64,), feature_mask=(1 << 24) - 1)
         return self.stack.enter_context(FakeDriver(device))
 
     def request(self, driver: FakeDriver, readable: list[bytes], writable: list[int], queue: int = 0) -> bytes:
@@ -140,6 +140,8 @@ def test_qcow2_disk_is_written_read_and_announced(rig: Rig, image: Path) -> None
     assert rig.read(driver, 8, 3072) == b"ostler" * 512
     assert any(size == 3072 for _, size in seen)
     assert driver.device.read_config(0, 8) == 4 * MIB // 512
+    identity = rig.request(driver, [abi.REQUEST.pack(abi.VIRTIO_BLK_T_GET_ID, 0, 0)], [20, 1])
+    assert identity == b"mine".ljust(20, b"\0") + b"\0"
     assert driver.interrupts[0] >= 2
 
 
@@ -249,9 +251,12 @@ def test_virtiofsd_command_confines_and_mounts_read_only(tmp_path: Path, monkeyp
     monkeypatch.setattr("ostler.backends.virtiofsd.find_program", lambda *_a, **_k: "/usr/lib/qemu/virtiofsd")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     command = Virtiofsd(tmp_path, read_only=True).command(5)
-    assert command[:2] == ["unshare", "--map-root-user"]
+    assert command[0] == "unshare"
+    assert "--map-root-user" in command
+    assert "--net" in command
     assert "remount,bind,ro" in command[command.index("-c") + 1]
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr("ostler.backends.virtiofsd._may_unshare", lambda: False)
     assert Virtiofsd(tmp_path, read_only=False).command(5)[0] == "/usr/lib/qemu/virtiofsd"
 
 

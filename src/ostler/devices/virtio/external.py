@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ostler.abi.virtio import blk
 from ostler.abi.virtio.common import DeviceId
 from ostler.devices.virtio.device import VirtioDevice, read_field
 from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
@@ -73,10 +74,15 @@ class ExternalDevice(VirtioDevice):
         queue, ring, under_way = self._queues[index], self._server.rings[index], self._under_way[index]
         submitted = False
         while ring.has_room and (chain := queue.pop()) is not None:
+            written = self._answer(chain)
+            if written is not None:
+                queue.push(chain, written)
+                continue
             under_way[self._submit(index, chain)] = chain
             submitted = True
         if submitted:
             self._server.notify(index)
+        queue.flush()
 
     def reset(self) -> None:
         if self._queues:
@@ -97,6 +103,10 @@ class ExternalDevice(VirtioDevice):
 
     def read_config(self, offset: int, size: int) -> int:
         return read_field(self._server.config, offset, size)
+
+    def _answer(self, chain: Chain) -> int | None:  # noqa: ARG002
+        """Bytes written to a request that is answered here; None for one the server is to see."""
+        return None
 
     def _start(self) -> None:
         enabled = [index for index, queue in enumerate(self._queues) if queue.enabled]
@@ -147,12 +157,27 @@ class ExternalBlock(ExternalDevice):
 
     device_type = DeviceId.BLOCK
 
+    def __init__(self, server: Server, *, serial: str, queue_sizes: tuple[int, ...], feature_mask: int) -> None:
+        """`serial` is told instead of the server's, which is the same for every disk."""
+        super().__init__(server, queue_sizes=queue_sizes, feature_mask=feature_mask)
+        self._serial = serial.encode("ascii", "replace")[: blk.VIRTIO_BLK_ID_BYTES]
+
+    def _answer(self, chain: Chain) -> int | None:
+        if chain.readable_bytes != blk.REQUEST.size or chain.writable_bytes != blk.VIRTIO_BLK_ID_BYTES + 1:
+            return None
+        if blk.REQUEST.unpack(chain.read())[0] != blk.VIRTIO_BLK_T_GET_ID:
+            return None
+        return chain.write(self._serial.ljust(blk.VIRTIO_BLK_ID_BYTES, b"\0") + bytes([blk.VIRTIO_BLK_S_OK]))
+
     def write_config(self, offset: int, size: int, value: int) -> None:
         self._server.write_config(offset, value.to_bytes(size, "little"))
 
 
 class SharedFolder(ExternalDevice):
-    """A folder of the host by FUSE requests, virtio 1.2 section 5.11."""
+    """A folder of the host by FUSE requests, virtio 1.2 section 5.11.
+
+    Its saved state says nothing of the files the guest has open: those are the server's, and end with it.
+    """
 
     device_type = DeviceId.FS
 
