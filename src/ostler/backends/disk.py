@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
+from ostler.abi.partitions import read_table
 from ostler.errors import BadRequest, HostError
 from ostler.host import files
 from ostler.host.locks import lock_disk
@@ -141,7 +142,8 @@ def open_raw(path: Path, *, read_only: bool = False, serial: str | None = None) 
     """Open and lock a raw disk.
 
     Raises:
-        BadRequest: no such file, not permitted, neither file nor block device, not a whole number of sectors.
+        BadRequest: no such file, not permitted, neither file nor block device, not a whole number of sectors, shorter
+            than its partition table says.
         DiskBusy: another process has it open.
         HostError: the file system has no locks.
     """
@@ -150,6 +152,7 @@ def open_raw(path: Path, *, read_only: bool = False, serial: str | None = None) 
         size_bytes = os.lseek(fd, 0, os.SEEK_END)
         if size_bytes == 0 or size_bytes % SECTOR_BYTES:
             raise BadRequest(f"disk {path}: {size_bytes} bytes, expected a positive multiple of {SECTOR_BYTES}")
+        _check_whole(fd, path, size_bytes)
         return RawDisk(fd, read_only=read_only, serial=serial if serial is not None else default_serial(path))
     except BaseException:
         os.close(fd)
@@ -176,6 +179,18 @@ def open_locked(path: Path, *, read_only: bool) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _check_whole(fd: int, path: Path, size_bytes: int) -> None:
+    """Refuse a disk that was cut short: its guest would meet I/O errors in the middle of its work."""
+    try:
+        table = read_table(lambda offset, size: os.pread(fd, size, offset) if offset < size_bytes else b"")
+    except OSError:
+        return  # the guest's reads will say it
+    if table is not None and table.needed_bytes > size_bytes:
+        raise BadRequest(
+            f"disk {path}: {size_bytes} bytes, expected the {table.needed_bytes} that its partition table says"
+        )
 
 
 def default_serial(path: Path) -> str:

@@ -164,6 +164,20 @@ def test_what_is_no_disk_is_one_line(tmp_path: Path) -> None:
             open_raw(tmp_path / name)
 
 
+def test_disk_shorter_than_its_partition_table_is_refused(tmp_path: Path) -> None:
+    path = make(tmp_path, 1 << 20, fill=b"\0")
+    entry = b"\x80\0\0\0\x83\0\0\0" + (2048).to_bytes(4, "little") + (4096).to_bytes(4, "little")
+    with path.open("r+b") as file:
+        file.seek(446)
+        file.write(entry + bytes(48) + b"\x55\xaa")
+
+    with pytest.raises(BadRequest, match=f"1048576 bytes, expected the {6144 * 512} that its partition table says"):
+        open_raw(path)
+
+    os.truncate(path, 6144 * 512)
+    open_raw(path).close()
+
+
 def test_refresh_size_follows_growth_only(tmp_path: Path) -> None:
     path = make(tmp_path)
     with open_raw(path) as raw:
