@@ -34,7 +34,7 @@ NEEDED = {QEMU: "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mke2fs": "e2fspr
 INNER_KERNELS = ("debian-12-cloud", "debian-13-cloud")
 SOURCES = ("src", "tests", "tools", "benches", "pyproject.toml", "README.md", "LICENSE", "rust/Cargo.toml")
 LINE = re.compile(r"^LAB (\S+) (\d+) ([\d.]+)\s*$")
-TIME_LIMIT_S = 1500
+TIME_LIMIT_S = 3000
 MEMORY_MIB = 4096
 # What the processor that QEMU 7.2 emulates lacks of Ostler's default model: a guest to be carried does without.
 WITHOUT = (

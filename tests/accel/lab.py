@@ -44,7 +44,7 @@ from ostler.host.folders import cache_root
 from tests.accel.prelude import DONE_PORT, LAYOUT, PRELUDE
 
 MEMORY_SIZE = 0x40_0000
-TIME_LIMIT_S = 20.0
+TIME_LIMIT_S = 60.0
 
 CODE64, DATA, USER_CODE32, USER_DATA, USER_CODE64, CODE32, TSS_SELECTOR = 0x08, 0x10, 0x1B, 0x23, 0x2B, 0x38, 0x40
 
