@@ -4,6 +4,5 @@ Nothing above this package asks which accelerator it has; it may ask for capabil
 """
 
 from ostler.accel.opener import open_accelerator as open  # noqa: A004 - accel.open() is the contract's name
-from ostler.accel.probe import ProbeReport, probe
 
-__all__ = ["ProbeReport", "open", "probe"]
+__all__ = ["open"]

@@ -12,14 +12,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ostler.boot.bzimage import BzImage, is_bzimage
-from ostler.boot.elf import ELF_MAGIC, elf64_kernel, parse_elf, pvh_kernel
 from ostler.boot.entry import EntryState
 from ostler.boot.kernel import MAX_KERNEL_BYTES, Kernel, Protocol
-from ostler.boot.linux64 import enter_linux64
 from ostler.boot.lowmem import reserved_ranges
-from ostler.boot.multiboot import enter_multiboot, find_header, multiboot_kernel
-from ostler.boot.pvh import enter_pvh
 from ostler.boot.unpacked import UnpackedKernels
 from ostler.errors import BadRequest, KernelError
 from ostler.memory import GuestMemory
@@ -52,6 +47,8 @@ def read_kernel(path: Path, *, protocol: Protocol | None = None, unpacked: Unpac
         return known
     data = memoryview(read_file(path, "kernel", max_bytes=MAX_KERNEL_BYTES))
     kernel = parse_kernel(data, str(path), protocol=protocol)
+    from ostler.boot.bzimage import is_bzimage
+
     if unpacked and kernel.protocol is Protocol.PVH and is_bzimage(data):
         unpacked.keep(path, kernel)
     return kernel
@@ -59,50 +56,13 @@ def read_kernel(path: Path, *, protocol: Protocol | None = None, unpacked: Unpac
 
 def parse_kernel(data: memoryview, name: str, *, protocol: Protocol | None = None) -> Kernel:
     """As read_kernel, for bytes already at hand."""
-    kernel = _detect(data, name, protocol)
+    # Not imported above: a kernel that was unpacked before needs none of the formats.
+    from ostler.boot.detect import detect
+
+    kernel = detect(data, name, protocol)
     if protocol is not None and kernel.protocol is not protocol:
         raise KernelError(f"{name}: can be entered by {kernel.protocol.value}: expected {protocol.value}")
     return kernel
-
-
-def _detect(data: memoryview, name: str, wanted: Protocol | None) -> Kernel:
-    image = BzImage.parse(data, name)
-    if image is not None:
-        return _from_bzimage(image, wanted)
-    header = find_header(data)
-    if data[:4] == ELF_MAGIC:
-        elf = parse_elf(data, name)
-        if elf.pvh_entry is not None and wanted in (None, Protocol.PVH):
-            return pvh_kernel(elf)
-        if header is not None and wanted in (None, Protocol.MULTIBOOT):
-            return multiboot_kernel(data, name, header=header, elf=elf)
-        return pvh_kernel(elf) if wanted is Protocol.PVH else elf64_kernel(elf)
-    if header is not None:
-        return multiboot_kernel(data, name, header=header, elf=None)
-    kind = _describe(data)
-    raise KernelError(f"{name}: {kind}: expected a bzImage, an x86-64 ELF kernel or a multiboot program")
-
-
-def _from_bzimage(image: BzImage, wanted: Protocol | None) -> Kernel:
-    if wanted is Protocol.LINUX64:
-        return image.kernel()
-    elf = parse_elf(memoryview(image.vmlinux()), image.name)
-    if elf.pvh_entry is None and wanted is None and image.has_64_bit_entry:
-        return image.kernel()
-    if elf.pvh_entry is None:
-        raise KernelError(f"{image.name}: kernel has neither a PVH note nor a 64-bit entry: expected one of them")
-    return pvh_kernel(elf)
-
-
-def _describe(data: memoryview) -> str:
-    if not data:
-        return "empty file"
-    if bytes(data[0x202:0x206]) == b"HdrS":
-        return "bzImage cut off within its header"
-    sample = bytes(data[:512])
-    if all(byte in b"\t\n\r\f\b\x1b" or byte >= 0x20 for byte in sample):
-        return "text file"
-    return f"file starting with {sample[:4].hex(' ')}"
 
 
 def load_guest(
@@ -112,9 +72,15 @@ def load_guest(
     _place_segments(memory, kernel)
     placed = _place_initrd(memory, kernel, initrd) if initrd else None
     if kernel.protocol is Protocol.PVH:
+        from ostler.boot.pvh import enter_pvh
+
         return enter_pvh(memory, kernel, cmdline=cmdline, initrd=placed, rsdp=rsdp)
     if kernel.protocol is Protocol.MULTIBOOT:
+        from ostler.boot.multiboot import enter_multiboot
+
         return enter_multiboot(memory, kernel, cmdline=cmdline, initrd=placed)
+    from ostler.boot.linux64 import enter_linux64
+
     return enter_linux64(memory, kernel, cmdline=cmdline, initrd=placed, rsdp=rsdp)
 
 

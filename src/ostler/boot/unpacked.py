@@ -12,11 +12,9 @@ as none, and one that cannot be written is not missed. The newest KEPT entries s
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import mmap
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +47,8 @@ class UnpackedKernels:
         header = json.dumps(_header(kernel)).encode()
         if len(header) > PAGE_SIZE:
             return
+        import tempfile
+
         with contextlib.suppress(OSError):
             entry = self._entry(source)
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -67,8 +67,7 @@ class UnpackedKernels:
         """Raises OSError where there is no such file."""
         found = source.stat()
         identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-        name = hashlib.sha256(repr((VERSION, identity)).encode()).hexdigest()[:24]
-        return self._folder / (name + SUFFIX)
+        return self._folder / ("-".join(f"{number:x}" for number in (VERSION, *identity)) + SUFFIX)
 
     def _forget_old(self) -> None:
         entries = sorted(self._folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,34 +27,53 @@ def _split(arguments: list[str]) -> tuple[list[str], tuple[str, ...] | None]:
 
 
 def _run(arguments: list[str], words: tuple[str, ...] | None, *, debug: bool) -> int:
-    import typer
-
-    from ostler.cli.app import app
+    from ostler.cli import short
     from ostler.errors import GuestCrash, OstlerError
 
     try:
-        status = app(arguments, prog_name="ostler", standalone_mode=False, obj=words)
+        status = short.run(arguments) if words is None else None
+        if status is None:
+            status = _long_way(arguments, words)
         sys.stdout.flush()
-    except typer.TyperException as error:
-        return _complain(error.format_message(), error.exit_code)
     except OstlerError as error:
         if debug and isinstance(error, GuestCrash):
             print(error.details, file=sys.stderr)  # noqa: T201
         elif debug:
-            traceback.print_exc()
+            _print_traceback()
         return _complain(str(error), error.exit_status)
     except BrokenPipeError:
         # Whoever read standard output has gone; the interpreter must not meet that again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         return 130
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            _print_traceback()
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         return _complain(f"internal error: {text} (a bug of Ostler's; --debug shows where)", 1)
+    return status
+
+
+def _long_way(arguments: list[str], words: tuple[str, ...] | None) -> int:
+    """Understand the arguments with everything that takes, and do what they say."""
+    import typer
+
+    from ostler.cli.app import app
+
+    try:
+        status = app(arguments, prog_name="ostler", standalone_mode=False, obj=words)
+    except typer.TyperException as error:
+        return _complain(error.format_message(), error.exit_code)
+    except typer.Abort:
+        return 130
     return status if isinstance(status, int) else 0
+
+
+def _print_traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
 
 
 def _complain(message: str, status: int) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 if TYPE_CHECKING:
-    from ostler.accel import ProbeReport
+    from ostler.accel.probe import ProbeReport
 
 
 class Finding(NamedTuple):
@@ -33,9 +33,9 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    from ostler import accel
+    from ostler.accel.probe import probe
 
-    report = accel.probe(cache=False)
+    report = probe(cache=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(no_wrap=True)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ostler.cli.phases import Phases
+    from ostler.cli.phases import Phases, Tap
     from ostler.config import GuestRequest, GuestSpec
     from ostler.images.progress import Progress
     from ostler.vmm import RunResult
@@ -83,13 +83,12 @@ def run(spec: GuestSpec, phases: Phases | None = None) -> RunResult:
     """Run the guest with this process's terminal as its console."""
     from ostler import vmm
     from ostler.cli import logs, terminal
-    from ostler.cli.phases import Tap
 
     with ExitStack() as stack:
         stack.enter_context(terminal.orderly_signals())
         stack.enter_context(terminal.raw(0))
         keys = terminal.EscapeFilter() if os.isatty(0) else None
-        tap = stack.enter_context(Tap(1)) if phases else None
+        tap = stack.enter_context(_tap()) if phases else None
         result = vmm.run(spec, console_in=_standard_input(), console_out=tap.fd if tap else 1, keys=keys)
         ended = time.monotonic()
     if phases and tap:
@@ -97,6 +96,12 @@ def run(spec: GuestSpec, phases: Phases | None = None) -> RunResult:
     if result.masked_features:
         logs.event("processor model reduced", missing=" ".join(result.masked_features))
     return result
+
+
+def _tap() -> Tap:
+    from ostler.cli.phases import Tap
+
+    return Tap(1)
 
 
 def _standard_input() -> int | None:

@@ -10,7 +10,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -103,6 +102,8 @@ def unnamed(folder: Path) -> int:
     """Open a file of no name in `folder`, read-write: whatever ends this process, the kernel removes it."""
     with contextlib.suppress(OSError):
         return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    import tempfile
+
     fd, name = tempfile.mkstemp(prefix=".ostler-", dir=folder)
     Path(name).unlink()
     return fd

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ostler.abi.kvm import board as kvm_board
 from ostler.accel.api import VCPU, Accel, Cap, IrqRoute, Route
@@ -20,7 +20,6 @@ from ostler.accel.models import DEFAULT_MODEL, model
 from ostler.boot.acpi import install_tables
 from ostler.boot.kernel import Kernel
 from ostler.boot.load import load_guest
-from ostler.config import GuestSpec
 from ostler.devices.virtio.device import VirtioDevice
 from ostler.errors import BadRequest, HostError
 from ostler.machine.board import Board, Chipset, Wiring
@@ -28,6 +27,9 @@ from ostler.machine.doorbells import Doorbells
 from ostler.machine.processor import enable_extended_states, enter, give_pics_their_vectors, wire_local_interrupts
 from ostler.memory import GuestMemory
 from ostler.memory.layout import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from ostler.config import GuestSpec
 
 PIC_LINES, IOAPIC_LINES, CASCADE, PIT_PIN = 16, 24, 2, 2
 

@@ -12,6 +12,7 @@ driver report a panic by resetting (`panic=-1`, which is put on Linux's command 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ostler import accel
 from ostler.accel.api import Accel
@@ -27,11 +28,9 @@ from ostler.backends.loop import Host
 from ostler.boot.kernel import Kernel, Protocol
 from ostler.boot.load import read_file, read_kernel
 from ostler.boot.unpacked import UnpackedKernels
-from ostler.config import GuestSpec
 from ostler.devices.wiring import PowerEvent
 from ostler.errors import OstlerError
 from ostler.host.folders import cache_root
-from ostler.machine import networks, peripherals
 from ostler.machine.board import Wiring
 from ostler.machine.machine import Machine
 from ostler.machine.surroundings import Surroundings
@@ -39,6 +38,11 @@ from ostler.vmm.console import ConsoleFactory, InputFilter, on_descriptors
 from ostler.vmm.crash import crash_error, panic_line
 from ostler.vmm.loop import EventLoop, HostClock
 from ostler.vmm.processors import End, EndKind, Outcome, Processor
+
+if TYPE_CHECKING:
+    from ostler.config import GuestSpec
+    from ostler.devices.virtio.device import VirtioDevice
+    from ostler.machine.networks import Network
 
 UNCLAIMED_SHOWN = 16
 
@@ -139,8 +143,8 @@ class GuestProcess:
             )
             host = Host(self.loop, self.lock)
             around = Surroundings(host, folder, self._report, wiring.clock, wiring.new_timer)
-            self.networks = networks.build(spec.nets, spec.ports, undo, around)
-            functions = peripherals.build(spec, undo, around, self.networks)
+            self.networks = _networks(spec, undo, around)
+            functions = _functions(spec, undo, around, self.networks)
             self.machine = undo.enter_context(Machine(spec, opened, wiring, functions=functions))
             self.processors = [
                 Processor(vcpu, self.machine.board, self.console.output, self._outcome) for vcpu in self.machine.vcpus
@@ -245,6 +249,29 @@ class GuestProcess:
         # A processor that would not stop still uses the memory: leaving it mapped is the lesser evil.
         if not any(processor.is_alive for processor in self.processors):
             self._resources.close()
+
+
+def _networks(spec: GuestSpec, stack: contextlib.ExitStack, around: Surroundings) -> list[Network]:
+    if not spec.nets and not spec.ports:
+        return []
+    from ostler.machine import networks
+
+    return networks.build(spec.nets, spec.ports, stack, around)
+
+
+def _functions(
+    spec: GuestSpec, stack: contextlib.ExitStack, around: Surroundings, cards: list[Network]
+) -> list[tuple[str, VirtioDevice]]:
+    """The guest's virtio devices. Back ends are many modules, and a kernel alone needs none of them."""
+    if spec.disks or spec.shares or cards or spec.balloon or spec.vsock_cid is not None:
+        from ostler.machine import peripherals
+
+        return peripherals.build(spec, stack, around, cards)
+    if not spec.rng:
+        return []
+    from ostler.devices.virtio.rng import Entropy
+
+    return [("rng", Entropy(os.urandom))]
 
 
 def _log_trouble(device: str, text: str) -> None:

@@ -1,0 +1,102 @@
+"""The short way of `ostler run --kernel FILE …`: in the guest before the command line's own libraries would be loaded.
+
+Only plain requests take it: one kernel and options from the list below, each given once and of a form that needs no
+second look. Whatever else the arguments are, right or wrong, is the long way's to understand and to complain about, so
+that there is one parser of all that users write and this is none beside it. Both make the same guest.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from ostler.config import GuestSpec
+
+_PLAIN = {
+    "--kernel": re.compile(r"[^\0]+"),
+    "--initrd": re.compile(r"[^\0]+"),
+    "--append": re.compile(r"[ -~]*"),
+    "--memory": re.compile(r"[1-9][0-9]{0,4}[MG]"),
+    "--cpus": re.compile(r"[1-9][0-9]?"),
+    "--accel": re.compile(r"kvm|soft|auto"),
+}
+_UNITS = {"M": 1 << 20, "G": 1 << 30}
+_CONSOLE = "console=ttyS0"
+_DEFAULT_MEMORY = "512M"
+_LEAST_MEMORY_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class PlainGuest:
+    """A GuestSpec's fields, as `parse_guest` would fill them for a plain request."""
+
+    kernel: Path
+    initrd: Path | None
+    append: str
+    memory: int
+    cpus: int
+    accel: str
+    cpu: str
+    disks: tuple[()] = ()
+    nets: tuple[()] = ()
+    ports: tuple[()] = ()
+    shares: tuple[()] = ()
+    vsock_cid: None = None
+    rng: bool = True
+    balloon: bool = False
+    test_devices: bool = False
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory` under a name with its unit."""
+        return self.memory
+
+
+def run(arguments: list[str]) -> int | None:
+    """Run the guest and return its exit status; None for what has to go the long way."""
+    guest = plain_guest(arguments)
+    if guest is None:
+        return None
+    from ostler.cli import kernel_run
+
+    return kernel_run.run(cast("GuestSpec", guest)).exit_status
+
+
+def plain_guest(arguments: list[str]) -> PlainGuest | None:
+    """The guest of a plain request."""
+    given = _options(arguments)
+    if given is None or "--kernel" not in given:
+        return None
+    import os
+
+    from ostler.accel.models import DEFAULT_MODEL
+
+    size = given.get("--memory", _DEFAULT_MEMORY)
+    memory = int(size[:-1]) * _UNITS[size[-1]]
+    if not _LEAST_MEMORY_BYTES <= memory <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return None
+    return PlainGuest(
+        kernel=Path(given["--kernel"]),
+        initrd=Path(given["--initrd"]) if "--initrd" in given else None,
+        append=given.get("--append", _CONSOLE),
+        memory=memory,
+        cpus=int(given.get("--cpus", "1")),
+        accel=given.get("--accel", "auto"),
+        cpu=DEFAULT_MODEL,
+    )
+
+
+def _options(arguments: list[str]) -> dict[str, str] | None:
+    """Options and their values, all plain; None where anything is not."""
+    if arguments[:1] != ["run"] or len(arguments) % 2 == 0:
+        return None
+    given: dict[str, str] = {}
+    for name, value in zip(arguments[1::2], arguments[2::2], strict=True):
+        form = _PLAIN.get(name)
+        if form is None or name in given or value.startswith("-") or not form.fullmatch(value):
+            return None
+        given[name] = value
+    return given
