@@ -169,3 +169,21 @@ def test_cache_that_cannot_be_written_is_done_without(cache: Path, monkeypatch: 
     cache.mkdir()
 
     assert probing.probe_kvm().state is KvmState.NATIVE
+
+
+@pytest.mark.usefixtures("cache")
+def test_warning_for_who_insists_on_an_emulating_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring(monkeypatch, EMULATED)
+
+    text = probing.warning("kvm")
+
+    assert text.startswith("KVM here emulates its guests (0.5 M instructions/s")
+    assert text.endswith("many times slower than with --accel soft")
+    assert probing.warning("soft") is None
+
+
+@pytest.mark.usefixtures("cache")
+def test_no_warning_where_kvm_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring(monkeypatch, NATIVE)
+
+    assert probing.warning("kvm") is None

@@ -9,9 +9,7 @@ the same loop. The verdict holds until the next boot and is cached as long.
 import enum
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -99,8 +97,20 @@ def probe_kvm(*, cache: bool = True) -> KvmReport:
     return report
 
 
+def warning(name: str) -> str | None:
+    """What a user who insists on accelerator `name` should know, in one line; None where there is nothing."""
+    if name != "kvm":
+        return None
+    kvm = probe_kvm()
+    if kvm.state is KvmState.EMULATED:
+        return f"{kvm.text}: guests are many times slower than with --accel soft"
+    return kvm.text if kvm.state is KvmState.FAILED else None
+
+
 def _measure() -> tuple[float, float] | str:
     """Guest's and host's rate, or what went wrong."""
+    import subprocess
+
     command = [sys.executable, "-m", "ostler.accel.timing"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
@@ -154,6 +164,8 @@ def _load(path: Path) -> KvmReport | None:
 
 def _store(path: Path, report: KvmReport) -> None:
     """Best effort: a home that cannot be written costs a second at the next start, no more."""
+    import tempfile
+
     fields = asdict(report) | {"state": report.state.value}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

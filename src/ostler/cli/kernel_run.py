@@ -84,6 +84,8 @@ def run(spec: GuestSpec, phases: Phases | None = None) -> RunResult:
     from ostler import vmm
     from ostler.cli import logs, terminal
 
+    if spec.accel == "kvm":
+        _warn_of_kvm()
     with ExitStack() as stack:
         stack.enter_context(terminal.orderly_signals())
         stack.enter_context(terminal.raw(0))
@@ -96,6 +98,14 @@ def run(spec: GuestSpec, phases: Phases | None = None) -> RunResult:
     if result.masked_features:
         logs.event("processor model reduced", missing=" ".join(result.masked_features))
     return result
+
+
+def _warn_of_kvm() -> None:
+    """A KVM that emulates its guests works, and is not what anybody who asks for KVM expects."""
+    from ostler.accel.probe import warning
+
+    if text := warning("kvm"):
+        sys.stderr.write(f"ostler: warning: {text}\n")
 
 
 def _tap() -> Tap:
