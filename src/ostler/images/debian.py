@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ostler.errors import BadRequest
-from ostler.images import bootstrap, store, trees
+from ostler.images import bootstrap, making, store, trees
 from ostler.images.progress import Progress, silent
 from ostler.images.rootdisk import DEFAULT_SIZE_BYTES
 from ostler.images.trees import Tree
@@ -62,14 +62,14 @@ def build(
     packages = sorted({*DEFAULT_PACKAGES, *include})
     names = (name,) if name else (reference, *_aliases(release, reference))
     recipe = {"include": ",".join(sorted(include)), "size_bytes": str(size_bytes), "kernel": kernel or ""}
-    with store.workspace() as scratch:
+    with making.workspace() as scratch:
         folder = Path(tempfile.mkdtemp(prefix="tree-", dir=scratch))
         folder.chmod(0o755)
         tree = bootstrap.debian(release, packages, lambda stream: trees.unpack(stream, folder), progress=progress)
         _tidy(tree)
-        return store.add_tree(
+        return making.add_tree(
             tree,
-            store.Defaults(
+            making.Defaults(
                 reference=reference, source="debian", command=("bash",), env={"PATH": _PATH}, build=recipe,
                 origin={"release": release, "packages": ",".join(packages)},
             ),

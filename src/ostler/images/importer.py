@@ -19,7 +19,7 @@ from ostler.errors import BadRequest, ImageError
 from ostler.host import files
 from ostler.host.disk_format import is_qcow2
 from ostler.host.locks import claim_disk
-from ostler.images import kernels, qemu_img, rootdisk, store, tools, trees
+from ostler.images import kernels, making, qemu_img, rootdisk, store, tools, trees
 from ostler.images.kernels import DEFAULT_KERNEL
 from ostler.images.progress import Progress, silent
 from ostler.images.schema import DISK_FILE, DiskInfo, OsRelease
@@ -57,7 +57,7 @@ def load(
     size = size_bytes or rootdisk.DEFAULT_SIZE_BYTES
     if kind == "tree":
         return _tree(Tree(file), file, names, boot=boot, kernel=kernel, size_bytes=size, progress=progress)
-    with store.workspace() as scratch:
+    with making.workspace() as scratch:
         folder = scratch / "tree"
         folder.mkdir(mode=0o755)
         with file.open("rb") as stream:
@@ -97,14 +97,14 @@ def _tree(
     if not tree.has("bin/sh", "usr/bin/sh", "sbin/init", "bin/busybox"):
         raise BadRequest(f"{file}: no root tree, expected bin/sh, sbin/init or bin/busybox in it")
     shell = ("bash",) if tree.has("bin/bash", "usr/bin/bash") else ("sh",)
-    defaults = store.Defaults(
+    defaults = making.Defaults(
         reference=file.name,
         source="tree",
         boot=boot or "agent",
         command=shell,
         env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
     )
-    return store.add_tree(tree, defaults, names=names, kernel=kernel, size_bytes=size_bytes, progress=progress)
+    return making.add_tree(tree, defaults, names=names, kernel=kernel, size_bytes=size_bytes, progress=progress)
 
 
 def _disk(
@@ -119,18 +119,18 @@ def _disk(
 ) -> store.Image:
     fetched = kernels.fetch(kernel, progress)
     modules = kernels.module_tree(fetched, progress)
-    with store.workspace() as folder:
+    with making.workspace() as folder:
         disk = folder / DISK_FILE
         _copy(file, kind, disk, progress)
         _enlarge(file, disk, size_bytes)
         info, own_boot, system = _look(file, disk)
         first = boot or own_boot
-        config = store.config_of(
+        config = making.config_of(
             # An init of its own needs nobody to tell it what to run.
-            store.Defaults(reference=file.name, source="disk", boot=first, command=() if first == "init" else ("sh",)),
+            making.Defaults(reference=file.name, source="disk", boot=first, command=() if first == "init" else ("sh",)),
             fetched, info, os=system,
         )  # fmt: skip
-        return store.admit(folder, config, fetched, modules, names=names, progress=progress)
+        return making.admit(folder, config, fetched, modules, names=names, progress=progress)
 
 
 def _copy(file: Path, kind: str, disk: Path, progress: Progress) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ostler.errors import BadRequest, ImageError
-from ostler.images import rootdisk, store, tools
+from ostler.images import making, rootdisk, store, tools
 from ostler.images.kernels import DEFAULT_KERNEL
 from ostler.images.progress import Progress, silent
 from ostler.images.schema import PORT_PATTERN
@@ -51,7 +51,7 @@ def pull(
         raise BadRequest(f"image {reference!r}: neither here nor a reference to a registry, expected HOST/NAME:TAG")
     for program in ("skopeo", "umoci"):
         tools.require(program, package=program)
-    with store.workspace() as scratch:
+    with making.workspace() as scratch:
         layout = scratch / "layout"
         _fetch(reference, layout, insecure=insecure, progress=progress)
         manifest, config = _read_layout(reference, layout)
@@ -65,7 +65,7 @@ def pull(
         tree = Tree(bundle / "rootfs")
         if rootless:
             _read_owners(tree)
-        return store.add_tree(
+        return making.add_tree(
             tree, _defaults(reference, manifest, config), names=(name or reference,), kernel=kernel,
             size_bytes=size_bytes, progress=progress,
         )  # fmt: skip
@@ -134,11 +134,11 @@ def _blob(layout: Path, descriptor: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _defaults(reference: str, manifest: dict[str, Any], config: dict[str, Any]) -> store.Defaults:
+def _defaults(reference: str, manifest: dict[str, Any], config: dict[str, Any]) -> making.Defaults:
     given = config.get("config") or {}
     environment = dict(each.partition("=")[::2] for each in given.get("Env") or () if "=" in each)
     ports = [port if "/" in port else f"{port}/tcp" for port in given.get("ExposedPorts") or ()]
-    return store.Defaults(
+    return making.Defaults(
         reference=reference,
         source="oci",
         entrypoint=tuple(given.get("Entrypoint") or ()),

@@ -17,28 +17,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
 from urllib.parse import quote, unquote
-
-from pydantic import ValidationError
 
 from ostler.errors import DiskBusy, ImageError, NoSuchImage
 from ostler.host.locks import claim_disk
-from ostler.images import cache, digests, kernels, rootdisk
-from ostler.images.kernels import DEFAULT_KERNEL
+from ostler.images import cache, digests
 from ostler.images.progress import Progress, silent
-from ostler.images.schema import DISK_FILE, KERNEL_FILE, MODULES_FOLDER, DiskInfo, ImageConfig, KernelInfo
-from ostler.images.trees import Tree
+from ostler.images.schema import DISK_FILE, KERNEL_FILE, MODULES_FOLDER, ImageConfig
 
 CONFIG_FILE = "image.json"
 FILES_FILE = "files.json"
 # The module tree is read only when an initrd is made of it; looking at its thousand files before every start is not
 # worth what it costs.
-_LOOKED_AT = (KERNEL_FILE, DISK_FILE)
+LOOKED_AT = (KERNEL_FILE, DISK_FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,53 +66,9 @@ class Image:
         return self.disk.stat().st_blocks * 512
 
 
-@dataclass(frozen=True, slots=True)
-class Defaults:
-    """What an image's maker knows of it beside its tree; see ImageConfig for each."""
-
-    reference: str
-    source: Literal["debian", "oci", "disk", "tree"]
-    boot: Literal["agent", "init"] = "agent"
-    entrypoint: tuple[str, ...] = ()
-    command: tuple[str, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
-    user: str = ""
-    workdir: str = ""
-    ports: tuple[str, ...] = ()
-    build: Mapping[str, str] = field(default_factory=dict)
-    origin: Mapping[str, str] = field(default_factory=dict)
-
-
 def root() -> Path:
     """Return the store's folder."""
     return cache.root() / "images"
-
-
-@contextlib.contextmanager
-def workspace() -> Iterator[Path]:
-    """Give an empty folder on the store's file system and remove it at the end, whatever the end.
-
-    Folders of processes that were killed are removed here too.
-
-    Raises:
-        ImageError: the store cannot be written, or OSError of the disk while the caller worked (disk full).
-    """
-    place = root() / "tmp"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with cache.locked("images-tmp"):
-            _sweep(place)
-            folder = Path(tempfile.mkdtemp(dir=place))
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            folder.chmod(0o755)
-            yield folder
-        finally:
-            _remove(folder)
-            os.close(lock)
-    except OSError as error:
-        raise ImageError(f"images {root()}: {error.strerror or error}") from error
 
 
 def find(name: str) -> Image | None:
@@ -130,11 +80,11 @@ def find(name: str) -> Image | None:
     digest = _digest_of(name)
     if digest is None:
         return None
-    path = _place(digest)
+    path = place_of(digest)
     if not path.is_dir():
         return None
     config, files = _read(path, digest, name)
-    looked_at = {file: files[file] for file in _LOOKED_AT if file in files}
+    looked_at = {file: files[file] for file in LOOKED_AT if file in files}
     if wrong := cache.check(path, looked_at, digests.digest):
         raise ImageError(f"image {name}: damaged, {wrong} is not what it was when the image was made")
     return Image(name, digest, path, config)
@@ -159,7 +109,7 @@ def recipe_of(name: str) -> ImageConfig | None:
     """Return the configuration of an image that may be damaged elsewhere; None where that cannot be read."""
     digest = _digest_of(name)
     try:
-        return _read(_place(digest), digest, name)[0] if digest else None
+        return _read(place_of(digest), digest, name)[0] if digest else None
     except ImageError:
         return None
 
@@ -187,60 +137,6 @@ def verify(image: Image) -> None:
         if not (image.path / file).exists() or digests.digest(image.path / file) != expected:
             cache.drop_stamp(image.path)
             raise ImageError(f"image {image.name}: damaged, {file} is not what it was when the image was made")
-
-
-def add_tree(
-    tree: Tree,
-    defaults: Defaults,
-    *,
-    names: Sequence[str],
-    kernel: str = DEFAULT_KERNEL,
-    size_bytes: int = rootdisk.DEFAULT_SIZE_BYTES,
-    progress: Progress = silent,
-) -> Image:
-    """Make an image of a root tree; its modules go into it too where something there loads modules.
-
-    The tree may be added to. Must be called within `workspace`.
-    """
-    fetched = kernels.fetch(kernel, progress)
-    modules = kernels.module_tree(fetched, progress)
-    with workspace() as folder:
-        if tree.path.is_relative_to(root()) and tree.has("sbin/modprobe", "usr/sbin/modprobe"):
-            _add_modules(tree, modules, fetched.release)
-        rootdisk.build(tree, folder / DISK_FILE, size_bytes=size_bytes, progress=progress)
-        config = config_of(defaults, fetched, DiskInfo(size_bytes=size_bytes), os=tree.os_release())
-        return admit(folder, config, fetched, modules, names=names, progress=progress)
-
-
-def admit(
-    folder: Path,
-    config: ImageConfig,
-    kernel: kernels.Kernel,
-    modules: Path,
-    *,
-    names: Sequence[str],
-    progress: Progress = silent,
-) -> Image:
-    """Complete the image in `folder`, which holds its disk, give it its place and its names."""
-    progress("naming the image by its content")
-    _link(kernel.image, folder / KERNEL_FILE)
-    shutil.copytree(modules / "lib", folder / MODULES_FOLDER / "lib", copy_function=_link)
-    files = {name: digests.digest(folder / name) for name in (KERNEL_FILE, DISK_FILE, MODULES_FOLDER)}
-    digest = config.digest(files)
-    (folder / FILES_FILE).write_text(json.dumps(files, indent=2) + "\n")
-    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
-    (folder / DISK_FILE).chmod(0o444)
-    _sync(folder / DISK_FILE)
-    place = _place(digest)
-    with cache.locked(f"image-{digest[:16]}"):
-        if place.exists():
-            shutil.rmtree(place)  # the same content, or a damaged copy of it
-        place.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(place)
-        cache.check(place, {file: files[file] for file in _LOOKED_AT}, lambda path: files[path.name])
-    for name in names:
-        tag(name, digest)
-    return Image(names[0] if names else digest, digest, place, config)
 
 
 def tag(name: str, digest: str) -> None:
@@ -278,7 +174,7 @@ def discard(digest: str, name: str) -> int:
     Raises:
         ImageError: a guest uses it, or it cannot be removed.
     """
-    place = _place(digest)
+    place = place_of(digest)
     with cache.locked(f"image-{digest[:16]}"):
         freed = _size(place)
         try:
@@ -288,7 +184,7 @@ def discard(digest: str, name: str) -> int:
             (root() / "tmp").mkdir(exist_ok=True)
             doomed = Path(tempfile.mkdtemp(dir=root() / "tmp"))
             place.rename(doomed / digest)
-            _remove(doomed)
+            remove_folder(doomed)
         except DiskBusy as error:
             raise ImageError(f"image {name}: a guest uses it: {str(error).partition(': ')[2]}") from error
         except FileNotFoundError:
@@ -308,24 +204,10 @@ def prune() -> tuple[list[str], int]:
             with contextlib.suppress(ImageError):
                 freed += discard(digest, digest[:12])
                 removed.append(digest)
-    with workspace():
-        pass  # which sweeps away what killed builds left
+    if (root() / "tmp").is_dir():
+        with cache.locked("images-tmp"):
+            sweep(root() / "tmp")
     return removed, freed
-
-
-def config_of(defaults: Defaults, kernel: kernels.Kernel, disk: DiskInfo, **more: Any) -> ImageConfig:
-    """Return an image's whole configuration. Raises ImageError where what its maker says does not validate."""
-    given = {name: getattr(defaults, name) for name in Defaults.__slots__}
-    given |= {name: dict(given[name]) for name in ("env", "build", "origin")}
-    info = KernelInfo(name=kernel.name, release=kernel.release, package_version=kernel.package_version)
-    try:
-        return ImageConfig(**given, kernel=info, disk=disk, created=datetime.now(UTC), **more)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field_name = ".".join(str(part) for part in first["loc"])
-        raise ImageError(
-            f"image {defaults.reference}: {field_name} {str(first['input'])[:80]!r}: {first['msg']}"
-        ) from error
 
 
 def _read(path: Path, digest: str, name: str) -> tuple[ImageConfig, dict[str, str]]:
@@ -351,29 +233,8 @@ def _name_file(name: str) -> Path:
     return root() / "names" / f"{quote(name, safe='')}.json"
 
 
-def _place(digest: str) -> Path:
+def place_of(digest: str) -> Path:
     return root() / "sha256" / digest
-
-
-def _add_modules(tree: Tree, modules: Path, release: str) -> None:
-    library = tree.inside("lib")
-    if library is not None and library.is_dir():
-        shutil.copytree(modules / "lib" / "modules" / release, library / "modules" / release, dirs_exist_ok=True)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _size(place: Path) -> int:
@@ -382,18 +243,19 @@ def _size(place: Path) -> int:
     return sum(status.st_blocks * 512 for status in statuses if status.st_nlink == 1)
 
 
-def _sweep(place: Path) -> None:
+def sweep(place: Path) -> None:
+    """Remove the workspaces in `place` that nobody works in any more. Call it with the lock `images-tmp` held."""
     for folder in place.iterdir():
         with contextlib.suppress(OSError):
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(folder)
+                remove_folder(folder)
             finally:
                 os.close(fd)
 
 
-def _remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Remove a folder, also one with folders in it that their owner may not write to."""
     if not folder.exists():
         return

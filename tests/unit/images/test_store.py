@@ -10,7 +10,7 @@ import pytest
 
 from ostler.backends.disk_overlay import open_overlay
 from ostler.errors import BadRequest, ImageError, NoSuchImage
-from ostler.images import cache, debian, ensure, oci, rootdisk, store, trees
+from ostler.images import cache, debian, ensure, making, oci, rootdisk, store, trees
 
 pytestmark = pytest.mark.usefixtures("fake_kernel")
 SIZE = 32 << 20
@@ -26,8 +26,8 @@ def make_tree(folder: Path, text: str = "hello") -> trees.Tree:
 
 def make(tmp_path: Path, name: str = "one", *, source: str = "tree") -> store.Image:
     place = tmp_path / f"tree-{len(list(tmp_path.iterdir()))}"
-    defaults = store.Defaults(reference=name, source=source, command=("sh",), env={"A": "1"}, ports=("80/tcp",))  # type: ignore[arg-type]
-    return store.add_tree(make_tree(place), defaults, names=(name,), size_bytes=SIZE)
+    defaults = making.Defaults(reference=name, source=source, command=("sh",), env={"A": "1"}, ports=("80/tcp",))  # type: ignore[arg-type]
+    return making.add_tree(make_tree(place), defaults, names=(name,), size_bytes=SIZE)
 
 
 def damage(image: store.Image) -> None:
@@ -114,9 +114,9 @@ def test_workspace_of_a_killed_process_is_swept_and_one_in_use_stays() -> None:
     dead = store.root() / "tmp" / "dead" / "locked"
     dead.mkdir(parents=True)
     dead.chmod(0)
-    with store.workspace() as living:
+    with making.workspace() as living:
         (living / "file").touch()
-        with store.workspace():
+        with making.workspace():
             assert not dead.parent.exists()
             assert (living / "file").exists()
     assert list((store.root() / "tmp").iterdir()) == []
