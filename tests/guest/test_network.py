@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -14,13 +15,28 @@ from pathlib import Path
 
 import pytest
 
-from ostler.backends.passt import has_default_route
+from ostler.backends.passt import has_default_route, host_resolvers
 from tests.guest.devices_guest import DHCP, WAIT_S, Guest, running
 
 pytestmark = pytest.mark.skipif(
     shutil.which("passt") is None or not has_default_route(6, "/proc/net/route"),
     reason="passt is not installed, or this host has no IPv4 network",
 )
+
+
+def resolver_answers() -> bool:
+    """Whether a resolver that guests can reach answers this host."""
+    query = bytes.fromhex("00010100000100000000000009") + b"localhost" + bytes.fromhex("0000010001")
+    for address in host_resolvers():
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.settimeout(2)
+            probe.sendto(query, (address, 53))
+            return bool(probe.recv(512))
+    return False
+
+
+ANSWERS = resolver_answers()
 # `OSTLER_TEST_MIB=100 pytest tests/guest/test_network.py` for the figures of the documentation.
 SIZE_BYTES = int(os.environ.get("OSTLER_TEST_MIB", "16")) << 20
 REQUESTS = 100
@@ -55,6 +71,13 @@ def test_guest_reaches_out_and_is_reached_and_nothing_is_altered() -> None:
             with urllib.request.urlopen(f"http://127.0.0.1:{web}/hello", timeout=WAIT_S) as answer:
                 assert answer.read() == b"hello from the guest\n"
         assert echoed(echo, data) == hashlib.sha256(data).digest()
+
+
+@pytest.mark.skipif(not ANSWERS, reason="no resolver of this host answers")
+def test_guest_resolves_names_as_the_host_does() -> None:
+    ask = "nslookup localhost >/tmp/answer 2>&1; grep -q 'timed out' /tmp/answer && say silent || say answered\n"
+    with running(DHCP + ask) as guest:
+        assert guest.next() == "answered"
 
 
 def test_guest_whose_passt_dies_goes_on_with_a_new_one() -> None:

@@ -41,6 +41,8 @@ IOV_MAX = 1024
 MAX_RESTARTS, RESTART_WINDOW_S = 5, 60.0
 
 V4_NET, V6_NET = "10.213.77", "fd6f:7374:6c65:7200:"
+# Leads to the host's resolver where that listens on the host's loopback alone.
+DNS_FORWARD = f"{V4_NET}.3"
 RESOLVERS = Path("/etc/resolv.conf")
 _NOISE = re.compile(r"(Failed to send \d+ bytes to syslog(; )?)")
 
@@ -327,7 +329,9 @@ def arguments(options: PasstOptions, guest: GuestAddresses, fd: int) -> list[str
         argv += ["--runas", "0"]
     if guest.v4:
         argv += ["-a", guest.v4.address, "-n", str(guest.v4.prefix), "-g", guest.v4.gateway]
-        argv += ["--dns-forward", f"{V4_NET}.3"]
+        if DNS_FORWARD in guest.dns:
+            # Only then: passt would make all answers of the host's resolver come from here, asked there or not.
+            argv += ["--dns-forward", DNS_FORWARD]
     else:
         argv.append("--ipv6-only")
     if guest.v6:
@@ -356,7 +360,7 @@ def addresses(options: PasstOptions) -> GuestAddresses:
     if v4 is None and v6 is None:
         raise HostError("passt: this host has no default route, expected one: use --net none")
     resolvers = tuple(each for each in host_resolvers() if (v6 if ":" in each else v4))
-    return GuestAddresses(options.mac, v4, v6, resolvers or ((f"{V4_NET}.3",) if v4 else ()))
+    return GuestAddresses(options.mac, v4, v6, resolvers or ((DNS_FORWARD,) if v4 else ()))
 
 
 def has_default_route(kind: int, table: str) -> bool:

@@ -238,6 +238,19 @@ def test_command_line_says_none_where_no_port_is_forwarded(monkeypatch: pytest.M
     assert {"--ipv4-only", "--no-map-gw"} <= set(argv)
 
 
+@pytest.mark.parametrize(("resolvers", "forwarded"), [(["192.0.2.9"], False), ([], True)])
+def test_resolver_on_the_hosts_loopback_alone_is_forwarded_to(
+    monkeypatch: pytest.MonkeyPatch, resolvers: list[str], *, forwarded: bool
+) -> None:
+    monkeypatch.setattr("ostler.backends.passt.has_default_route", lambda kind, _: kind == 6)
+    monkeypatch.setattr("ostler.backends.passt.host_resolvers", lambda: resolvers)
+
+    guest = addresses(OPTIONS)
+
+    assert guest.dns == (("10.213.77.3",) if forwarded else ("192.0.2.9",))
+    assert ("--dns-forward" in arguments(OPTIONS, guest, 7)) is forwarded
+
+
 def test_resolvers_a_guest_cannot_reach_are_left_out(tmp_path: Path) -> None:
     conf = tmp_path / "resolv.conf"
     conf.write_text("nameserver 127.0.0.53\nnameserver 192.0.2.9\nnameserver fe80::1%eth0\nsearch x\nnameserver ?\n")
