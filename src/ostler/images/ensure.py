@@ -7,7 +7,7 @@ is damaged, in one line that says how to get rid of it.
 from __future__ import annotations
 
 from ostler.errors import ImageError
-from ostler.images import debian, oci, rootdisk, store
+from ostler.images import debian, kernels, oci, rootdisk, store
 from ostler.images.progress import Progress, silent
 
 
@@ -37,11 +37,15 @@ def _again(name: str, damage: ImageError, progress: Progress, *, insecure: bool)
     if recipe is None or recipe.source not in ("debian", "oci"):
         raise ImageError(f"{damage}; `ostler image rm {name}` removes it") from damage
     progress(f"{damage}; making it again")
-    if recipe.source == "oci":
-        return oci.pull(recipe.reference, name=name, insecure=insecure, progress=progress)
     given = recipe.build
+    size_bytes = int(given.get("size_bytes") or rootdisk.DEFAULT_SIZE_BYTES)
+    kernel = given.get("kernel") or None
+    if recipe.source == "oci":
+        return oci.pull(
+            recipe.reference, name=name, insecure=insecure or bool(given.get("insecure")), size_bytes=size_bytes,
+            kernel=kernel or kernels.DEFAULT_KERNEL, progress=progress,
+        )  # fmt: skip
     include = [package for package in given.get("include", "").split(",") if package]
     return debian.build(
-        recipe.reference, include=include, name=name, kernel=given.get("kernel") or None, progress=progress,
-        size_bytes=int(given.get("size_bytes") or rootdisk.DEFAULT_SIZE_BYTES),
+        recipe.reference, include=include, name=name, kernel=kernel, size_bytes=size_bytes, progress=progress,
     )  # fmt: skip

@@ -65,8 +65,9 @@ def pull(
         tree = Tree(bundle / "rootfs")
         if rootless:
             _read_owners(tree)
+        recipe = {"insecure": "yes" if insecure else "", "size_bytes": str(size_bytes), "kernel": kernel}
         return making.add_tree(
-            tree, _defaults(reference, manifest, config), names=(name or reference,), kernel=kernel,
+            tree, _defaults(reference, manifest, config, recipe), names=(name or reference,), kernel=kernel,
             size_bytes=size_bytes, progress=progress,
         )  # fmt: skip
 
@@ -134,7 +135,9 @@ def _blob(layout: Path, descriptor: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _defaults(reference: str, manifest: dict[str, Any], config: dict[str, Any]) -> making.Defaults:
+def _defaults(
+    reference: str, manifest: dict[str, Any], config: dict[str, Any], recipe: dict[str, str]
+) -> making.Defaults:
     given = config.get("config") or {}
     environment = dict(each.partition("=")[::2] for each in given.get("Env") or () if "=" in each)
     ports = [port if "/" in port else f"{port}/tcp" for port in given.get("ExposedPorts") or ()]
@@ -147,6 +150,7 @@ def _defaults(reference: str, manifest: dict[str, Any], config: dict[str, Any]) 
         user=str(given.get("User") or ""),
         workdir=str(given.get("WorkingDir") or ""),
         ports=tuple(sorted(port for port in ports if re.fullmatch(PORT_PATTERN, port))),
+        build=recipe,
         origin={"manifest": str(manifest["digest"]), "config": str(manifest["config"]["digest"])},
     )
 

@@ -180,6 +180,9 @@ def test_ensure_builds_debian_pulls_the_rest_and_takes_what_is_there(
         assert ensure.ensure(name).name == name
     assert calls == ["build debian:13", "pull host/name:tag"]
 
+    damage(store.get("host/name:tag"))
+    assert ensure.ensure("host/name:tag").name == "host/name:tag"
+    assert calls.pop() == "pull host/name:tag"
     damage(store.get("debian:13"))
     said: list[str] = []
     assert ensure.ensure("debian:13", lambda step, _fraction=None: said.append(step)).name == "debian:13"
