@@ -23,7 +23,8 @@ MAX_ARGUMENTS = 4096
 class Answer(BaseModel):
     """Base of what an agent answers; fields of newer agents are ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # Built when the first answer comes: most commands get none of most kinds.
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 class OperatingSystem(Answer):

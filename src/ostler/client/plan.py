@@ -58,21 +58,26 @@ def make(request: GuestRequest, *, progress: Progress = silent) -> Plan:
     """
     if request.image is None:
         raise BadRequest("image: missing, expected the name of one; `ostler image ls` shows which are there")
-    image = _image(request.image, request.persist, progress)
-    name = check_name(request.name) if request.name else new_name(request.image.rpartition("/")[2])
     nets = request.nets if request.nets is not None else (NetSpec(),)
     if request.ports and not any(net.kind == "passt" for net in nets):
         raise BadRequest("ports: expected a passt network beside them, which is what forwards them")
+    image = _image(request.image, request.persist, progress)
+    name = check_name(request.name) if request.name else new_name(request.image.rpartition("/")[2])
     root, is_kept = _root_disk(request, image)
     ramdisk = initrd.agent_initrd(image.modules, progress)
     spec = parse_guest(
         kernel=image.kernel, initrd=ramdisk, append=_command_line(request, image),
         memory=request.memory, cpus=request.cpus, cpu=request.cpu, accel=request.accel,
         disks=(root, *_seed(request), *request.disks), nets=nets, ports=request.ports, shares=request.volumes,
-        vsock_cid=GUEST_CID if request.vsock else None, rng=request.rng, balloon=request.balloon,
+        vsock_cid=GUEST_CID, rng=request.rng, balloon=request.balloon,
         test_devices=request.test_devices,
     )  # fmt: skip
-    is_durable = is_kept or any(not (disk.read_only or disk.overlay) for disk in request.disks)
+    is_durable = (
+        is_kept
+        or any(not (disk.read_only or disk.overlay) for disk in request.disks)
+        # What the guest has mapped into memory reaches a shared folder when it is told to.
+        or any(not share.read_only for share in request.volumes)
+    )
     is_service = bool(request.command) or image.config.source == "oci"
     return Plan(
         name=name,

@@ -13,8 +13,6 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from ostler.accel.models import DEFAULT_MODEL, model
-from ostler.accel.opener import NAMES as ACCELERATORS
 from ostler.config.complaints import bad_request
 from ostler.config.devices import DiskSpec, NetSpec, PortSpec, ShareSpec
 from ostler.config.sizes import MIB, format_size, parse_size
@@ -49,7 +47,20 @@ def _cpus(value: object) -> int:
     return int(text)
 
 
+# The command line judges many requests and opens no accelerator: their package is imported where a value needs it.
+ACCELERATORS = ("auto", "kvm", "soft")
+
+
+def default_cpu() -> str:
+    """The model a guest gets that asks for none."""
+    from ostler.accel.models import DEFAULT_MODEL
+
+    return DEFAULT_MODEL
+
+
 def _cpu_model(value: str) -> str:
+    from ostler.accel.models import model
+
     try:
         model(value)
     except BadRequest as error:
@@ -86,7 +97,7 @@ class GuestSpec(BaseModel):
     memory: Memory = DEFAULT_MEMORY_BYTES
     """Bytes; given as text with a unit or as a number of bytes."""
     cpus: Cpus = 1
-    cpu: CpuModel = DEFAULT_MODEL
+    cpu: CpuModel = Field(default_factory=default_cpu)
     accel: Accelerator = "auto"
     disks: tuple[DiskSpec, ...] = ()
     """The guest sees them in this order: vda, vdb, …"""

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ostler.accel.models import DEFAULT_MODEL
 from ostler.config.complaints import bad_request
 from ostler.config.devices import Address, DiskSpec, NetSpec, PortSpec, ShareSpec, absolute
 from ostler.config.guest import DEFAULT_MEMORY_BYTES, Accelerator, CpuModel, Cpus, Memory, TextLine
@@ -102,7 +101,7 @@ class GuestRequest(BaseModel):
     hostname: Hostname | None = Field(None, description="In the guest; by default the guest's name.")
     memory: Memory = DEFAULT_MEMORY_BYTES
     cpus: Cpus = 1
-    cpu: CpuModel = DEFAULT_MODEL
+    cpu: CpuModel | None = Field(None, description="Processor model; by default the newest fixed one.")
     accel: Accelerator = "auto"
     disks: tuple[DiskSpec, ...] = ()
     nets: Annotated[tuple[NetSpec, ...], BeforeValidator(_nets)] | None = Field(None, description="By default passt.")
@@ -117,7 +116,6 @@ class GuestRequest(BaseModel):
     seed: File | None = Field(None, description="User data for cloud-init: a file, or a folder with user-data.")
     dns: tuple[Address, ...] = Field((), description="Name servers, instead of those of the network.")
     ssh_keys: tuple[TextLine, ...] = Field((), description="Public keys for root.")
-    vsock: bool = True
     rng: bool = True
     balloon: bool = True
     test_devices: bool = False

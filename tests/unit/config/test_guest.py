@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ostler.config import parse_guest, parse_size
-from ostler.config.guest import host_memory_bytes
+from ostler.config.guest import ACCELERATORS, host_memory_bytes
 from ostler.errors import BadRequest
 
 MIB = 1 << 20
@@ -62,3 +62,9 @@ def test_parse_guest_bad_value_is_one_line_naming_it(values: dict[str, object], 
         parse_guest(**{"kernel": "vmlinuz", **values})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_accelerators_are_those_there_are() -> None:
+    from ostler.accel.opener import NAMES
+
+    assert ACCELERATORS == NAMES
