@@ -47,6 +47,7 @@ bench: setup ## Engine speed, start to power-off, programs in a guest, beside QE
 	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap
 	@$(PY) -c 'import matplotlib' 2>/dev/null || $(PY) -m pip install --quiet 'matplotlib>=3.8'
 	@$(PY) -m benches.bench
+	@$(PY) -m benches.disks
 	@$(PY) -m benches.network
 	@$(PY) -m benches.workloads --json bench.json --picture bench.png
 
