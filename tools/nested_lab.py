@@ -33,7 +33,7 @@ QEMU_FILES = ("bios-256k.bin", "bios-microvm.bin", "kvmvapic.bin", "linuxboot_dm
 NEEDED = {QEMU: "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs"}
 INNER_KERNELS = ("debian-12-cloud", "debian-13-cloud")
 SOURCES = ("src", "tests", "tools", "benches", "pyproject.toml", "README.md", "LICENSE", "rust/Cargo.toml")
-LINE = re.compile(r"^LAB (\S+) (\d+) ([\d.]+)\s*$")
+LINE = re.compile(r"LAB (\S+) (\d+) ([\d.]+)\s*$")
 TIME_LIMIT_S = 3000
 MEMORY_MIB = 4096
 # What the processor that QEMU 7.2 emulates lacks of Ostler's default model: a guest to be carried does without.
@@ -114,7 +114,7 @@ def run(line: list[str]) -> Steps:
         try:
             for text in lab.stdout:
                 print(text.rstrip(), flush=True)
-                if found := LINE.match(text):
+                if found := LINE.search(text):
                     steps[found[1]] = (int(found[2]), float(found[3]))
         finally:
             limit.cancel()

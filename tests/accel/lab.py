@@ -37,7 +37,7 @@ from typing import Self
 
 import pytest
 
-from ostler.accel.api import VCPU, Accel, ExitReason, Sregs
+from ostler.accel.api import VCPU, VM, Accel, ExitReason, Sregs
 from ostler.accel.fitting import install
 from ostler.accel.models import CpuModel, model
 from ostler.host.folders import cache_root
@@ -125,7 +125,7 @@ AccessHandler = Callable[[str, int, memoryview], None]
 class Machine:
     """One VM with its memory and vCPUs, loaded with a program."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a program runs under many conditions
         self,
         accel: Accel,
         source: str,
@@ -136,6 +136,7 @@ class Machine:
         pit: bool = False,
         cpu: CpuModel | None = None,
         lower_memory_end: int = MEMORY_SIZE,
+        prepare: Callable[[VM], object] = lambda _vm: None,
     ) -> None:
         self.program = assemble(source)
         self.memory = mmap.mmap(-1, MEMORY_SIZE)
@@ -145,6 +146,7 @@ class Machine:
         self.mmio: AccessHandler | None = None
         self._load()
         self.vm = accel.create_vm()
+        prepare(self.vm)
         self.vm.set_user_memory_region(0, 0, lower_memory_end, self.host_address)
         if irqchip:
             self.vm.create_irqchip()

@@ -232,7 +232,7 @@ def main() -> int:
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--without", default="", help="features of the default model that the other side lacks")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     return {"save": save, "continue": resume, "missing": missing}[arguments.what](arguments)
 
 

@@ -37,6 +37,7 @@ from ostler.accel.exits import (
     PortIo,
     SystemEvent,
 )
+from ostler.accel.rings import CollectedWrite, DirtyRing
 
 __all__ = [
     "VCPU",
@@ -44,9 +45,11 @@ __all__ = [
     "Accel",
     "Cap",
     "ClockData",
+    "CollectedWrite",
     "CpuidEntry2",
     "DebugStop",
     "Debugregs",
+    "DirtyRing",
     "ExitReason",
     "ExitView",
     "FailEntry",
@@ -237,6 +240,12 @@ class VCPU(Protocol):
     def kvmclock_ctrl(self) -> None:
         """Tell the guest's soft-lockup watchdog that it was paused on purpose."""
 
+    def collected_writes(self) -> list[CollectedWrite]:
+        """Take the VM's writes that `collect_writes` asked for, in order; before the exit at hand is served."""
+
+    def dirty_ring(self, size_bytes: int) -> DirtyRing:
+        """Map this vCPU's ring; needs Cap.DIRTY_LOG_RING enabled with that size before the vCPU was made."""
+
     def close(self) -> None:
         """Give the vCPU up. It must not be running."""
 
@@ -303,6 +312,15 @@ class VM(Protocol):
 
     def clear_dirty_log(self, slot: int, first_page: int, page_count: int, bitmap: bytes | bytearray) -> None:
         """Clear and re-protect the pages of the bitmap; needs Cap.MANUAL_DIRTY_LOG_PROTECT2."""
+
+    def collect_writes(self, address: int, size: int, *, pio: bool = False, stop: bool = False) -> None:
+        """Collect writes within the range instead of leaving the guest for them; needs Cap.COALESCED_MMIO or _PIO.
+
+        They wait until somebody asks: for registers whose writes nobody but the next reader has to see.
+        """
+
+    def reset_dirty_rings(self) -> int:
+        """Re-arm the pages harvested from all vCPUs' rings; how many. Needs Cap.DIRTY_LOG_RING."""
 
     def enable_cap(self, cap: int, *args: int) -> None:
         """KVM_ENABLE_CAP on the VM."""

@@ -50,6 +50,11 @@ class _Descriptor:
             return _ioctl_long(self._fd, request, arg)
         return fcntl.ioctl(self._fd, request, arg)
 
+    @property
+    def fd(self) -> int:
+        """Stays owned by this object."""
+        return self._fd
+
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:

@@ -6,14 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from ostler.abi.kvm import requests, state
-from ostler.abi.kvm.run import KVM_EXIT_IO_OUT, Run
+from ostler.abi.kvm.run import KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_EXIT_IO_OUT, Run
 from ostler.accel import tables
 from ostler.accel.exits import DebugStop, ExitReason, FailEntry, InternalError, Mmio, PortIo, SystemEvent
+from ostler.accel.rings import PAGE_SIZE, CoalescedRing, CollectedWrite, DirtyRing
 from ostler.accel.transport import VcpuTransport, call
 from ostler.errors import AccelError
 
 S = TypeVar("S", bound=ctypes.Structure)
 
+COALESCED_AT = KVM_COALESCED_MMIO_PAGE_OFFSET * PAGE_SIZE
 _EXITS_AT = Run.exits.offset
 _REASON_WORD = Run.exit_reason.offset // 4
 _IO = struct.Struct("<BBHIQ")  # RunIo
@@ -199,6 +201,19 @@ class Vcpu:
 
     def kvmclock_ctrl(self) -> None:
         self._call(requests.KVM_KVMCLOCK_CTRL)
+
+    def collected_writes(self) -> list[CollectedWrite]:
+        page = self._transport.run_page[COALESCED_AT : COALESCED_AT + PAGE_SIZE]
+        return CoalescedRing(page).drain() if len(page) == PAGE_SIZE else []
+
+    def dirty_ring(self, size_bytes: int) -> DirtyRing:
+        fd = getattr(self._transport, "fd", None)
+        if fd is None:
+            raise AccelError(f"dirty ring ({self._subject}): this accelerator has none")
+        try:
+            return DirtyRing(fd, size_bytes)
+        except OSError as error:
+            raise AccelError(f"dirty ring ({self._subject}): {error.strerror or error}") from error
 
     def close(self) -> None:
         self._transport.close()

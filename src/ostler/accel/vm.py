@@ -127,6 +127,14 @@ class Vm:
         )
         self._call(requests.KVM_CLEAR_DIRTY_LOG, bytearray(request), f"slot {slot}")
 
+    def collect_writes(self, address: int, size: int, *, pio: bool = False, stop: bool = False) -> None:
+        zone = board.CoalescedMmioZone(addr=address, size=size, pio=pio)
+        request = requests.KVM_UNREGISTER_COALESCED_MMIO if stop else requests.KVM_REGISTER_COALESCED_MMIO
+        self._call(request, bytearray(zone), f"{size} bytes at {address:#x}")
+
+    def reset_dirty_rings(self) -> int:
+        return self._call(requests.KVM_RESET_DIRTY_RINGS)
+
     def enable_cap(self, cap: int, *args: int) -> None:
         request = state.EnableCap(cap=cap)
         request.args[: len(args)] = args

@@ -56,6 +56,24 @@ class IrqLevel(Structure):
     _fields_ = u32s("irq level")
 
 
+class CoalescedMmioZone(Structure):
+    """`struct kvm_coalesced_mmio_zone`: where writes are collected; `pio` for ports."""
+
+    _fields_ = (*u64s("addr"), *u32s("size pio"))
+
+
+class CoalescedMmio(Structure):
+    """`struct kvm_coalesced_mmio`: one collected write."""
+
+    _fields_ = (*u64s("phys_addr"), *u32s("len pio"), ("data", c_uint8 * 8))
+
+
+class DirtyGfn(Structure):
+    """`struct kvm_dirty_gfn`: one entry of a dirty ring; `slot` has the address space in its upper half."""
+
+    _fields_ = (*u32s("flags slot"), *u64s("offset"))
+
+
 class PicState(Structure):
     """`struct kvm_pic_state`: one of the two 8259s."""
 
