@@ -19,6 +19,13 @@ from ostler.machine.board import Board
 from ostler.vmm.console import Congestion
 
 KVM_SYSTEM_EVENT_SHUTDOWN, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_CRASH = 1, 2, 3
+# KVM_INTERNAL_ERROR_*, as Documentation/virt/kvm/api.rst explains them.
+INTERNAL_ERRORS = {
+    1: "an instruction that it cannot emulate",
+    2: "two exceptions at once that cannot be",
+    3: "an event that could not be delivered",
+    4: "an exit of the processor's that it does not know",
+}
 JOIN_SLICE_S, STOP_LIMIT_S = 0.05, 10
 PARK_SLICE_S, PARK_LIMIT_S = 0.005, 10
 CPUCLOCK_SCHED, CPUCLOCK_PER_THREAD = 2, 4
@@ -212,7 +219,8 @@ class Processor:
         elif reason is ExitReason.INTERNAL_ERROR:
             error = vcpu.exit.internal
             data = " ".join(f"{word:#x}" for word in error.data)
-            text = f"internal error {error.suberror} of the accelerator {data}".rstrip()
+            meaning = INTERNAL_ERRORS.get(error.suberror, "an unknown one")
+            text = f"internal error {error.suberror} of the accelerator, {meaning} ({data or 'no data'})"
             end = End(EndKind.STUCK, vcpu=vcpu.id, text=text)
         elif reason is ExitReason.FAIL_ENTRY:
             end = End(EndKind.STUCK, vcpu=vcpu.id, text=f"guest state refused, reason {vcpu.exit.fail_entry.reason:#x}")

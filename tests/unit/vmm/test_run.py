@@ -136,7 +136,10 @@ def test_run_triple_fault_reports_registers_and_instruction(guest: Callable[...,
 @pytest.mark.parametrize(
     ("reason", "message"),
     [
-        (ExitReason.INTERNAL_ERROR, "internal error 4"),
+        (
+            ExitReason.INTERNAL_ERROR,
+            "internal error 4 of the accelerator, an exit of the processor's that it does not know",
+        ),
         (ExitReason.FAIL_ENTRY, "reason 0x4"),
         (ExitReason.HYPERCALL, "unexpected exit HYPERCALL"),
         (ExitReason.SYSTEM_EVENT, "unknown system event 4"),
