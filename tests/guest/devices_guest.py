@@ -115,7 +115,7 @@ def running(
     """A guest that runs `script` and powers off; `spec` as `parse_guest` takes it, with a passt network if not said."""
     kernel = kernels.fetch(spec.pop("kernel", kernels.DEFAULT_KERNEL))
     image = image_of(script, kernel, modules=modules, files=files)
-    with reports(blob) as (said, host), contextlib.ExitStack() as stack:
+    with reports(blob, spec.pop("report_to", None)) as (said, host), contextlib.ExitStack() as stack:
         wanted = {"nets": ["passt"], "accel": "soft", "memory": "512M"} | spec
         append = f"console=ttyS0 loglevel=4 report={host} {wanted.pop('append', '')}"
         guest = parse_guest(kernel=kernel.image, initrd=image, append=append, **wanted)
@@ -141,14 +141,14 @@ def image_of(
 
 
 @contextmanager
-def reports(blob: bytes) -> Iterator[tuple[queue.Queue[str], str]]:
-    """A server for guests to talk to: what they say, and where it listens."""
+def reports(blob: bytes, address: str | None = None) -> Iterator[tuple[queue.Queue[str], str]]:
+    """A server for guests to talk to: what they say, and where it listens, of this host's addresses the usual one."""
     said: queue.Queue[str] = queue.Queue()
     with ThreadingHTTPServer(("0.0.0.0", 0), type("Handler", (Reports,), {"said": said, "blob": blob})) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield said, f"{own_address()}:{server.server_port}"
+            yield said, f"{address or own_address()}:{server.server_port}"
         finally:
             server.shutdown()
             thread.join()

@@ -90,10 +90,10 @@ def test_guest_whose_passt_dies_goes_on_with_a_new_one() -> None:
         assert guest.next() == "more"
 
 
-def echoed(port: int, data: bytes) -> bytes:
+def echoed(port: int, data: bytes, *, host: str = "127.0.0.1") -> bytes:
     """Send everything, receive everything at once; the digest of what came back."""
     digest = hashlib.sha256()
-    with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as sock:
+    with socket.create_connection((host, port), timeout=WAIT_S) as sock:
 
         def send() -> None:
             sock.sendall(data)
