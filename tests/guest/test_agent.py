@@ -17,8 +17,9 @@ import pytest
 
 from ostler.agent import AgentClient
 from ostler.config import parse_guest
+from ostler.control.connection import Connection
 from ostler.control.launch import Launched, launch
-from ostler.errors import BadRequest, CommandNotFound, CommandTimeout, GuestNotBooted
+from ostler.errors import BadRequest, CommandNotFound, CommandTimeout, GuestNotBooted, OstlerError
 from ostler.images import initrd, kernels
 
 MIB = 1 << 20
@@ -130,9 +131,21 @@ def file_systems(agent: AgentClient) -> None:
     agent.add_entropy()
 
 
-def test_root_that_is_not_there_is_told_by_the_agent(runtime: Path, disk: Path) -> None:
+def test_root_that_is_missing_is_told_by_the_agent_and_the_power_button_works(runtime: Path, disk: Path) -> None:
     assert runtime.is_dir()
     with guest(disk, "ostler.root=serial=another") as launched:
         entry = launched.entry
         with pytest.raises(GuestNotBooted, match=r"serial=another: no such disk .* vda"):
             AgentClient.connect(entry.vsock_socket, timeout_s=200, alive=entry.is_running)
+        press_until_off(launched)
+
+
+def press_until_off(launched: Launched) -> None:
+    """A button pressed before its driver is loaded is not heard, so it is pressed again."""
+    for _ in range(30):
+        with contextlib.suppress(OstlerError), Connection.to(launched.entry) as control:
+            control.request("power-button")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert launched.process.wait(5) == 0
+            return
+    raise AssertionError("the guest does not hear its power button")

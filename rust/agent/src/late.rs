@@ -3,7 +3,7 @@
 //! It is done in a process of its own that holds one end of a pipe. Whoever depends on it waits for the other end to say
 //! that nobody holds it any more; that works for any number of waiting processes and cannot be forgotten.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
@@ -39,6 +39,18 @@ impl Late {
                 Self::default()
             }
         }
+    }
+
+    /// What becomes readable when the work is done; none where it is.
+    pub fn done_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.0.as_ref().map(|fd| fd.as_fd())
+    }
+
+    /// Whether it is done.
+    pub fn is_done(&self) -> bool {
+        self.0.as_ref().is_none_or(|fd| {
+            poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|count| count > 0)
+        })
     }
 
     /// Waits until the work is done, within reason.

@@ -5,6 +5,7 @@
 //! connection is a process, so fork and exec are always safe and a crash ends one connection only.
 
 mod boot;
+mod button;
 mod cmdline;
 mod configure;
 mod conn;

@@ -1,7 +1,7 @@
 //! Listening: a process for each connection, and the reaping of everybody's orphans.
 
 use std::collections::HashSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -15,6 +15,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{accept4, bind, listen, socket, AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
 use nix::unistd::{fork, ForkResult};
 
+use crate::button;
 use crate::conn::Conn;
 use crate::descend;
 use crate::message::Refusal;
@@ -66,6 +67,8 @@ pub struct Server {
     signals: SignalFd,
     connections: HashSet<i32>,
     console_process: Option<i32>,
+    /// Power buttons; none until their drivers are loaded.
+    buttons: Option<Vec<File>>,
 }
 
 impl Server {
@@ -93,27 +96,48 @@ impl Server {
         }
         nix::sys::signal::sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None)?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-        Ok(Self { listeners, console, context, signals, connections: HashSet::new(), console_process: None })
+        // Beside an image's own init, the button is that one's.
+        let buttons = if context.is_init { None } else { Some(Vec::new()) };
+        Ok(Self { listeners, console, context, signals, connections: HashSet::new(), console_process: None, buttons })
     }
 
     /// Serves until a signal ends it.
     pub fn run(mut self) -> io::Result<()> {
         self.start_console();
         loop {
-            let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
-            fds.extend(self.listeners.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+            let ready = self.wait()?;
+            let (listeners, rest) = ready.split_at(self.listeners.len());
             if self.must_end()? {
                 return Ok(());
             }
-            for (index, _) in ready[1..].iter().enumerate().filter(|(_, ready)| **ready) {
+            if rest.contains(&true) && self.is_powered_off() {
+                power::power_off();
+            }
+            for (index, _) in listeners.iter().enumerate().filter(|(_, ready)| **ready) {
                 self.accept(index);
             }
         }
+    }
+
+    /// Waits for something to do; what is ready: the listeners in their order, then buttons and drivers, then signals.
+    fn wait(&mut self) -> io::Result<Vec<bool>> {
+        let buttons = self.buttons.as_deref().unwrap_or_default();
+        let late = if self.buttons.is_none() { self.context.late.done_fd() } else { None };
+        let others = buttons.iter().map(AsFd::as_fd).chain(late).chain([self.signals.as_fd()]);
+        let fds = self.listeners.iter().map(AsFd::as_fd).chain(others);
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => Ok(fds.iter().map(|fd| fd.any().unwrap_or(false)).collect()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether somebody pressed the power button, which is there once its driver is.
+    fn is_powered_off(&mut self) -> bool {
+        if self.context.is_init && self.buttons.is_none() && self.context.late.is_done() {
+            self.buttons = Some(button::open());
+        }
+        self.buttons.iter().flatten().any(button::was_pressed)
     }
 
     /// Takes signals; true where one of them ends the agent.
@@ -165,6 +189,7 @@ impl Server {
         match unsafe { fork() } {
             Ok(ForkResult::Child) => {
                 self.listeners.clear();
+                self.buttons = None;
                 let _ = SigSet::all().thread_unblock();
                 descend::become_reaper();
                 work();
