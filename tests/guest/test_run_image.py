@@ -15,7 +15,8 @@ import pytest
 import ostler
 from ostler.client import guests
 from ostler.control import runtime
-from ostler.errors import CommandFailed, CommandNotFound, CommandTimeout, GuestGone
+from ostler.errors import BadRequest, CommandFailed, CommandNotFound, CommandTimeout, GuestGone
+from ostler.images import initrd
 from tests.guest.harness import OSTLER
 
 Cli = Callable[..., "subprocess.CompletedProcess[bytes]"]
@@ -73,6 +74,15 @@ def test_detached_guest_is_its_command_with_log_and_status(cli: Cli) -> None:
         assert cli("rm", "-f", "svc").returncode == 0
     assert lines("svc") == {}
     assert cli("exec", "svc", "true").returncode == 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_an_agent() -> None:
+    """Without a Rust compiler there is none, and so no guests of images."""
+    try:
+        initrd.agent_program()
+    except BadRequest as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -204,6 +204,25 @@ def rm(
         guests.remove(entry, force=force)
 
 
+def balloon(
+    name: Running,
+    size_text: Annotated[str, typer.Argument(metavar="SIZE", help="What the guest is to keep: 256M.")],
+) -> None:
+    """Take memory of a running guest back, or let it have it again; it gives what it can spare.
+
+    [bold]Example:[/bold]  ostler balloon web 256M
+    """
+    from ostler.client import guests
+    from ostler.config import parse_size
+    from ostler.errors import BadRequest
+
+    try:
+        wanted = parse_size(size_text)
+    except ValueError as error:
+        raise BadRequest(f"size {size_text!r}: {error}") from error
+    guests.request(_find(name), "balloon", guest_bytes=wanted)
+
+
 def attach_console(
     name: Running,
     backlog: Annotated[
@@ -227,4 +246,4 @@ def schema() -> None:
     sys.stdout.write(json.dumps(described(), indent=2) + os.linesep)
 
 
-COMMANDS = (ps, inspect, stats, logs, pause, resume, stop, kill, wait, rm, schema)
+COMMANDS = (ps, inspect, stats, logs, pause, resume, balloon, stop, kill, wait, rm, schema)

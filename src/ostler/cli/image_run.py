@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from ostler.cli import console, progress, relay, terminal
+from ostler.cli import console, progress, relay, terminal, troubles
 from ostler.cli.phases import Phases
 from ostler.client import keeper, plan, running
 from ostler.control.connection import Connection
@@ -53,7 +53,8 @@ def _serve(guest: RunningGuest, wanted: Plan, phases: Phases, *, tty: bool | Non
     guest.configure()
     phases.end("boot")
     try:
-        status = relay.run(guest.agent, wanted.job, tty=tty)
+        with troubles.shown(guest.entry):
+            status = relay.run(guest.agent, wanted.job, tty=tty)
     except AgentError as error:
         explained = guest.explain(error)
         # Whoever types `poweroff` into a shell gets what was asked for.

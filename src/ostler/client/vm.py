@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 from ostler.client import guests, running
 from ostler.client import plan as plans
 from ostler.client.console import GuestConsole
-from ostler.config import parse_request
+from ostler.config import parse_request, parse_size
 from ostler.config.request import read_request
 from ostler.control.connection import Connection
 from ostler.errors import AgentError, BadRequest, CommandFailed
@@ -206,6 +206,12 @@ class VM:
         finally:
             self.resume()
 
+    def set_memory(self, size: str | int) -> None:
+        """Ask the guest to keep so much of its memory ("256M", or bytes) and give back the rest; see `stats`."""
+        guests.request(
+            self._running().entry, "balloon", guest_bytes=parse_size(size) if isinstance(size, str) else size
+        )
+
     def console(self, *, backlog_bytes: int = 0) -> GuestConsole:
         """The serial console: `read`, `write`, `expect`; a context manager."""
         with Connection.to(self._running().entry) as connection:
@@ -297,6 +303,9 @@ class AsyncVM:
 
     async def resume(self) -> None:
         await _in_thread(self.vm.resume)
+
+    async def set_memory(self, size: str | int) -> None:
+        await _in_thread(self.vm.set_memory, size)
 
     async def wait(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         return await _in_thread(self.vm.wait, timeout_s=timeout_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,6 +127,11 @@ class Connection:
         except WireError as error:
             raise HostError(f"control socket: {error}") from error
         return message
+
+    def interrupt(self) -> None:
+        """End the waiting of another thread that uses this connection; it is of no use afterwards."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

@@ -71,6 +71,10 @@ class GuestService:
         """Tell whoever listens; on the loop's thread."""
         self._server.broadcast({"event": event, "time": time.time(), **values})
 
+    def on_loop(self, call: Callable[[], None]) -> None:
+        """Run something where the service runs; from any thread."""
+        self._process.loop.call_soon(call)
+
     def report(self, device: str, text: str) -> None:
         """A device is in trouble: said to whoever listens, and written down. On the loop's thread."""
         print(f"{device}: {text}", file=sys.stderr, flush=True)  # noqa: T201
