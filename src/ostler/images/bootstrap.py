@@ -127,7 +127,9 @@ class _Teller:
 
     def _tell(self) -> None:
         at = 0
-        while not self._end.wait(0.2):
+        ended = False
+        while not ended:
+            ended = self._end.wait(0.2)  # and one more look after the end
             text = os.pread(self._fd, 64 << 10, at)
             whole = text.rpartition(b"\n")[0]
             at += len(whole)
