@@ -92,11 +92,14 @@ class HubConsole:
         self.flush()
         return self._log.tail(size_bytes)
 
-    def attach(self, connection: socket.socket, *, backlog: bytes, typed: bytes) -> None:
-        """Take over a client's connection, right after `backlog` was taken: from now on it is the console."""
+    def attach(self, connection: socket.socket, *, first: bytes, typed: bytes) -> None:
+        """Take over a client's connection, right after its backlog was taken: from now on it is the console.
+
+        `first` is what it gets before anything the guest says now.
+        """
         client = AttachedClient(connection, self._loop, self)
         self._clients[client.fd] = client
-        client.send(backlog)
+        client.send(first)
         if typed:
             self.type(typed)
         client.start()

@@ -62,12 +62,11 @@ class Connection:
         else:
             self._write()
 
-    def release(self, last: Message) -> tuple[socket.socket, bytes]:
-        """Say `last` and give the socket away, with what has come in after the request."""
+    def release(self, last: Message) -> tuple[socket.socket, bytes, bytes]:
+        """Give the socket away: with it, what is still to be sent, `last` at its end, and what has come in since."""
         self._stop_watching()
-        self._unsent += encode(last)
-        self._finish_sending()
-        return self._socket, self._decoder.rest()
+        unsent = bytes(self._unsent) + encode(last)
+        return self._socket, unsent, self._decoder.rest()
 
     def close(self, *, politely: bool = False) -> None:
         """End the connection; politely: after sending what waits, for at most a second."""

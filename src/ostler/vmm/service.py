@@ -193,8 +193,8 @@ class GuestService:
     def _console(self, connection: Connection, number: object, arguments: Message) -> None:
         backlog = int(_number_of(arguments, "backlog_bytes", 0, LOG_BYTES))
         said = self._hub.backlog(backlog)
-        taken, typed = connection.release({"id": number, "ok": {"backlog_bytes": len(said)}})
-        self._hub.attach(taken, backlog=said, typed=typed)
+        taken, unsent, typed = connection.release({"id": number, "ok": {"backlog_bytes": len(said)}})
+        self._hub.attach(taken, first=unsent + said, typed=typed)
 
 
 def _number_of(arguments: Message, name: str, default: float, limit: float) -> float:
