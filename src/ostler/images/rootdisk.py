@@ -45,9 +45,15 @@ def build(tree: Tree, disk: Path, *, size_bytes: int = DEFAULT_SIZE_BYTES, progr
 
 def _check_room(tree: Tree, size_bytes: int) -> None:
     """mke2fs of a tree too large says so late and in words of its own."""
-    needed = sum(path.lstat().st_blocks * 512 for path in tree.path.rglob("*")) * 105 // 100 + MIN_SIZE_BYTES
+    sizes = {(status.st_dev, status.st_ino): status.st_blocks * 512 for status in _statuses(tree)}
+    needed = sum(sizes.values()) * 105 // 100 + MIN_SIZE_BYTES
     if size_bytes < needed:
         raise ImageError(f"root disk: size of {size_bytes >> 20} MiB, expected at least {-(-needed >> 20)} MiB")
+
+
+def _statuses(tree: Tree) -> Iterator[os.stat_result]:
+    for path in tree.path.rglob("*"):
+        yield path.lstat()
 
 
 def _corrections(tree: Tree) -> Iterator[str]:
