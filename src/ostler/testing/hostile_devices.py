@@ -12,10 +12,12 @@ from ostler.devices.virtio.blk import Block
 from ostler.devices.virtio.console import ConsoleDevice
 from ostler.devices.virtio.console_port import Port, PortEvents
 from ostler.devices.virtio.device import VirtioDevice
+from ostler.devices.virtio.external import ExternalBlock, SharedFolder
 from ostler.devices.virtio.net import NetDevice
 from ostler.devices.virtio.rng import Entropy
 from ostler.devices.virtio.vsock import VsockDevice
 from ostler.devices.virtio.vsock_connection import Stream
+from ostler.memory import GuestMemory
 from ostler.testing.hostile import MEMORY_BYTES, Seed
 
 Victim = tuple[VirtioDevice, dict[int, list[Seed]]]
@@ -274,11 +276,82 @@ def console() -> Victim:
     return device, {0: room, 1: data, 2: room, 3: control, 4: room, 5: data}
 
 
+class _Room:
+    """A queue of sixteen."""
+
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.slots) < 16
+
+
+class _Program:
+    """Another program's place: answers all it has at each notification, with odd lengths."""
+
+    features, config = (1 << 24) - 1, bytes(range(60))
+
+    def __init__(self, queues: int) -> None:
+        self._rings = [_Room() for _ in range(queues)]
+        self._serial = 0
+        self._completed: Callable[[int, list[tuple[int, int]]], None] = lambda _queue, _done: None
+
+    @property
+    def rings(self) -> Sequence[_Room]:
+        return self._rings
+
+    def attach(
+        self,
+        completed: Callable[[int, list[tuple[int, int]]], None],
+        restarted: Callable[[], None],  # noqa: ARG002
+        lost: Callable[[], None],  # noqa: ARG002
+    ) -> None:
+        self._completed = completed
+
+    def start(self, memory: GuestMemory, features: int, queues: Sequence[int]) -> None:  # noqa: ARG002
+        for ring in self._rings:
+            ring.slots.clear()
+
+    def stop(self) -> None:
+        for index in range(len(self._rings)):
+            self.notify(index)
+
+    def submit(self, queue: int, readable: Sequence[tuple[int, int]], writable: Sequence[tuple[int, int]]) -> int:
+        for gpa, size in (*readable, *writable):
+            assert 0 < size <= gpa + size <= MEMORY_BYTES, f"{gpa:#x}+{size:#x} got past the device's check"
+        self._serial += 1
+        self._rings[queue].slots.append(self._serial)
+        return self._serial
+
+    def notify(self, queue: int) -> None:
+        slots, self._rings[queue].slots = self._rings[queue].slots, []
+        if slots:
+            self._completed(queue, [(slot, slot * 7919 & 0xFFFF_FFFF) for slot in slots])
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Nothing to keep."""
+
+
+def external_block() -> Victim:
+    """A disk that another program serves."""
+    _, seeds = block()
+    return ExternalBlock(_Program(2), serial="hostile", queue_sizes=(64, 64), feature_mask=(1 << 24) - 1), seeds
+
+
+def share() -> Victim:
+    """A shared folder."""
+    request: Seed = ([struct.pack("<IIQQIIIIIIII", 56, 26, 1, 0, 0, 0, 0, 0, 7, 31, 0, 0)], [16, 64])
+    return SharedFolder(_Program(2), "share0", queue_size=64), {0: [request], 1: [request]}
+
+
 VICTIMS: dict[str, Callable[[], Victim]] = {
     "block": block,
     "entropy": entropy,
     "balloon": balloon,
     "net": net,
     "vsock": vsock,
+    "external block": external_block,
+    "share": share,
     "console": console,
 }
