@@ -138,7 +138,7 @@ def test_qcow2_disk_is_written_read_and_announced(rig: Rig, image: Path) -> None
     rig.write(driver, 8, b"ostler" * 512)
     driver.memory.on_write(lambda gpa, size: seen.append((gpa, size)))
     assert rig.read(driver, 8, 3072) == b"ostler" * 512
-    assert any(size == 3072 for _, size in seen)
+    assert any(size >= 3072 for _, size in seen)
     assert driver.device.read_config(0, 8) == 4 * MIB // 512
     identity = rig.request(driver, [abi.REQUEST.pack(abi.VIRTIO_BLK_T_GET_ID, 0, 0)], [20, 1])
     assert identity == b"mine".ljust(20, b"\0") + b"\0"

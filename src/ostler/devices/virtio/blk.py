@@ -1,8 +1,8 @@
 """The virtio block device, virtio 1.2 section 5.2.
 
-Requests are taken in the order of their queue; data moves between the disk and guest memory without a copy. Transfers,
-which the host's page cache answers in microseconds, are done at once; what waits for the disk itself (a flush, a
-discard) is given to a worker, if there is one, and answered when it is done.
+Requests are taken in the order of their queue; data moves between the disk and guest memory without a copy.
+Transfers, which the host's page cache answers in microseconds, are done on the event loop; what waits for the disk
+itself (a flush, a discard) is given to a worker, if there is one, and answered when it is done.
 What the disk refuses is VIRTIO_BLK_S_IOERR, what the device does not know VIRTIO_BLK_S_UNSUPP; a chain without room for
 header and status is no request at all and stops the device.
 
@@ -25,7 +25,7 @@ from ostler.devices.state import Saved, load, save, uint
 from ostler.devices.virtio.device import VirtioDevice, read_field
 from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
 
-QUEUE_SIZE = 256
+QUEUE_SIZE = 512
 # Header and status go into every chain; the rest may be data.
 SEG_MAX = QUEUE_SIZE - 2
 BLOCK_BYTES, PHYSICAL_EXPONENT, OPTIMAL_BLOCKS = 512, 3, 256
@@ -88,7 +88,6 @@ class Block(VirtioDevice):
     """A disk with `queue_count` request queues."""
 
     device_type = DeviceId.BLOCK
-    serves_at_once = True
 
     def __init__(self, disk: Disk, *, queue_count: int = 1, worker: Worker | None = None) -> None:
         super().__init__()

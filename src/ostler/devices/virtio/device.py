@@ -44,10 +44,6 @@ class VirtioDevice(ABC):
     features: int = 0
     """Device-specific bits on offer; the transport adds VERSION_1, EVENT_IDX and INDIRECT_DESC."""
 
-    serves_at_once: ClassVar[bool] = False
-    """Kicks are served in the thread of the processor that notifies, before it goes on: worth it where an answer takes
-    less time than waking another thread. Otherwise they come on the event loop's."""
-
     shares_memory: ClassVar[bool] = False
     """Another program serves it and maps guest memory, which then must be a memfd."""
 

@@ -107,12 +107,6 @@ class VirtioPci:
 
         return rung
 
-    def _notified(self, index: int) -> None:
-        if not self.core.device.serves_at_once:
-            self._doorbells[index].ring()
-        elif self.function.is_master:
-            self.core.kick(index)
-
     def _kick_again(self, index: int) -> None:
         self._doorbells[index].ring()
 
@@ -135,8 +129,6 @@ class VirtioPci:
         window = next((each for each in self.function.windows() if each.bar.index == VIRTIO_BAR), None)
         for index, doorbell in enumerate(self._doorbells):
             enabled = index < len(self.core.running) and self.core.running[index].enabled
-            if self.core.device.serves_at_once:
-                continue
             if window is not None and enabled and self.function.is_decoded(window.address):
                 doorbell.attach(window.address + NOTIFY + NOTIFY_MULTIPLIER * index)
             else:
@@ -169,7 +161,7 @@ class VirtioPci:
             # The address says which queue, and so must the value; only the former is asked.
             index, odd = divmod(at, NOTIFY_MULTIPLIER)
             if index < self._queue_count and not odd:
-                self._notified(index)
+                self._doorbells[index].ring()
             else:
                 self.core.ignored += 1
         elif area == DEVICE_CONFIG:

@@ -105,6 +105,36 @@ class Chain:
         return at
 
 
+class _Ranges:
+    """Guest addresses of a chain while its descriptors are read; neighbours are joined."""
+
+    __slots__ = ("head", "readable", "taken", "writable")
+
+    def __init__(self, head: int) -> None:
+        self.head = head
+        self.readable: list[tuple[int, int]] = []
+        self.writable: list[tuple[int, int]] = []
+        self.taken = 0
+
+    def take(self, gpa: int, length: int, flags: int) -> None:
+        """One descriptor's part. Raises QueueError."""
+        self.taken += 1
+        if not length:
+            raise QueueError(f"chain at {self.head}: a part of no bytes")
+        if flags & VRING_DESC_F_WRITE:
+            ranges = self.writable
+        elif self.writable:
+            raise QueueError(f"chain at {self.head}: a readable part behind a writable one")
+        else:
+            ranges = self.readable
+        if ranges:
+            start, size = ranges[-1]
+            if start + size == gpa:
+                ranges[-1] = (start, size + length)
+                return
+        ranges.append((gpa, length))
+
+
 class Virtqueue:
     """One queue while its device runs; made by a transport at DRIVER_OK, closed at reset.
 
@@ -269,10 +299,13 @@ class Virtqueue:
         return seen != self._next_avail
 
     def _walk(self, head: int) -> Chain:
-        """Turn descriptors into a chain. Raises QueueError. The hottest loop of every device."""
-        table, entries, index = self._table, self.size, head
-        chain, left = Chain(head), min(self.size, MAX_CHAIN_PARTS)
-        readable, writable, parts = chain.readable, chain.writable, chain.parts
+        """Turn descriptors into a chain. Raises QueueError."""
+        ranges = _Ranges(head)
+        self._follow(ranges, self._table, self.size, head, min(self.size, MAX_CHAIN_PARTS))
+        return self._chain(head, ranges)
+
+    def _follow(self, ranges: _Ranges, table: memoryview, entries: int, index: int, left: int) -> None:
+        """Take the descriptors of a table of `entries` from `index` on, `left` of them at most."""
         while left:
             left -= 1
             if index >= entries:
@@ -281,20 +314,29 @@ class Virtqueue:
             if flags & VRING_DESC_F_INDIRECT:
                 if table is not self._table:
                     raise QueueError(f"descriptor {index}: an indirect table inside another one")
-                table, entries, index = self._indirect_table(gpa, length, flags), length >> 4, 0
-                left = min(entries, MAX_CHAIN_PARTS - len(parts))
-                continue
-            if flags & VRING_DESC_F_WRITE:
-                writable.append(self._part(chain, gpa, length))
-            elif writable:
-                raise QueueError(f"chain at {head}: a readable part behind a writable one")
-            else:
-                readable.append(self._part(chain, gpa, length))
-            parts.append((gpa, length))
+                self._read_through(ranges, self._indirect_table(gpa, length, flags))
+                return
+            ranges.take(gpa, length, flags)
             if not flags & VRING_DESC_F_NEXT:
-                return self._measured(chain)
+                return
             index = following
-        raise QueueError(f"chain at {head} loops or has more than {MAX_CHAIN_PARTS} parts")
+        raise QueueError(f"chain at {ranges.head} loops or has more than {MAX_CHAIN_PARTS} parts")
+
+    def _read_through(self, ranges: _Ranges, table: memoryview) -> None:
+        """Take an indirect table. Drivers fill one from its start on, and so it is read, as long as that is true."""
+        entries, left = len(table) >> 4, MAX_CHAIN_PARTS - ranges.taken
+        for number, (gpa, length, flags, following) in enumerate(DESCRIPTOR.iter_unpack(table), start=1):
+            if flags & VRING_DESC_F_INDIRECT:
+                raise QueueError(f"descriptor {number - 1}: an indirect table inside another one")
+            if number > left:
+                break
+            ranges.take(gpa, length, flags)
+            if not flags & VRING_DESC_F_NEXT:
+                return
+            if following != number:
+                self._follow(ranges, table, entries, following, min(entries, left) - number)
+                return
+        raise QueueError(f"chain at {ranges.head} leaves its table or has more than {MAX_CHAIN_PARTS} parts")
 
     def _indirect_table(self, gpa: int, length: int, flags: int) -> memoryview:
         if not self._indirect:
@@ -307,20 +349,19 @@ class Virtqueue:
             raise QueueError(f"indirect table of {length} bytes: expected at most {MAX_CHAIN_PARTS} entries")
         return self._area("indirect table", gpa, length, 1)
 
-    def _part(self, chain: Chain, gpa: int, length: int) -> memoryview:
-        if not length:
-            raise QueueError(f"chain at {chain.head}: a part of no bytes")
+    def _chain(self, head: int, ranges: _Ranges) -> Chain:
+        """Views of what was taken."""
+        chain, view = Chain(head), self.memory.view
         try:
-            return self.memory.view(gpa, length)
+            chain.readable = [view(gpa, length) for gpa, length in ranges.readable]
+            chain.writable = [view(gpa, length) for gpa, length in ranges.writable]
         except MemoryFault as error:
-            raise QueueError(f"chain at {chain.head}: {error}") from error
-
-    @staticmethod
-    def _measured(chain: Chain) -> Chain:
+            raise QueueError(f"chain at {head}: {error}") from error
+        chain.parts = ranges.readable + ranges.writable
         chain.readable_bytes = sum(map(len, chain.readable))
         chain.writable_bytes = sum(map(len, chain.writable))
         if chain.readable_bytes + chain.writable_bytes > MAX_CHAIN_BYTES:
-            raise QueueError(f"chain at {chain.head}: longer than {MAX_CHAIN_BYTES:#x} bytes")
+            raise QueueError(f"chain at {head}: longer than {MAX_CHAIN_BYTES:#x} bytes")
         return chain
 
     def _announce(self, ranges: list[tuple[int, int]], written: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Self
@@ -92,11 +93,42 @@ def test_pop_empty_queue_gives_none_and_asks_for_a_kick(new_pair: PairMaker) -> 
 
 def test_push_announces_what_was_written_and_no_more(new_pair: PairMaker, memory: GuestMemory) -> None:
     pair = new_pair()
-    sent = pair.driver.add(writable=[32, 64, 32])
+    sent = pair.driver.add(writable=[24, 64, 32])
     seen: list[tuple[int, int]] = []
     memory.on_write(lambda gpa, size: seen.append((gpa, size)))
     pair.device.push(pair.pop(), 40)
-    assert seen == [(sent.writable[0][0], 32), (sent.writable[1][0], 8)]
+    assert seen == [(sent.writable[0][0], 24), (sent.writable[1][0], 16)]
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_neighbouring_parts_are_one_view(new_pair: PairMaker, *, indirect: bool) -> None:
+    pair = new_pair()
+    pair.driver.add([b"a" * 16, b"b" * 16], [16, 16, 8], indirect=indirect)
+    chain = pair.pop()
+    assert ([len(view) for view in chain.readable], [len(view) for view in chain.writable]) == ([32], [40])
+    assert (chain.parts[1:], chain.writable_bytes) == (chain.ranges, 40)
+
+
+def test_indirect_table_in_any_order_is_followed(new_pair: PairMaker, memory: GuestMemory) -> None:
+    pair = new_pair()
+    for index, (at, flags, following) in enumerate([(0x100, NEXT, 2), (0x300, 0, 0), (0x200, NEXT, 1)]):
+        memory.write(BUFFERS + at, bytes([index]) * 4)
+        memory.write(BUFFERS + 0x400 + 16 * index, struct.pack("<QIHH", BUFFERS + at, 4, flags, following))
+    pair.driver.raw_descriptor(0, BUFFERS + 0x400, 48, INDIRECT, 0)
+    pair.driver.raw_available(0)
+    assert pair.pop().read() == b"\0\0\0\0\2\2\2\2\1\1\1\1"
+
+
+@pytest.mark.parametrize("following", [1, 0, 3])
+def test_indirect_table_that_leaves_itself_or_loops_is_an_error(
+    new_pair: PairMaker, memory: GuestMemory, following: int
+) -> None:
+    pair = new_pair()
+    memory.write(BUFFERS + 0x400, struct.pack("<QIHH", BUFFERS, 4, NEXT, following))
+    pair.driver.raw_descriptor(0, BUFFERS + 0x400, 16, INDIRECT, 0)
+    pair.driver.raw_available(0)
+    with pytest.raises(QueueError, match=r"table|loops"):
+        pair.device.pop()
 
 
 def test_flush_interrupts_once_for_a_batch_and_not_for_nothing(new_pair: PairMaker) -> None:
