@@ -1,0 +1,11 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+# The same examples for everybody and every time, and no verdict on how long a shared machine took for one.
+settings.register_profile(
+    "ostler", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+settings.load_profile("ostler")
