@@ -51,6 +51,7 @@ def _serve(guest: RunningGuest, wanted: Plan, phases: Phases, *, tty: bool | Non
             console.attach(attached.socket, attached.backlog + attached.first)
         return 0
     guest.configure()
+    troubles.tell(guest.troubles)
     phases.end("boot")
     try:
         with troubles.shown(guest.entry):
@@ -77,6 +78,7 @@ def run_detached(request: GuestRequest, *, remove: bool) -> None:
         if wanted.boot == "agent" or wanted.job.argv:
             shown("waiting for the guest")
             guest.configure()
+            troubles.tell(guest.troubles)
         if wanted.job.argv and wanted.is_service:
             keeper.start(guest.entry, wanted.job)
         guest.release()

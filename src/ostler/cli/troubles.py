@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,12 @@ def shown(entry: Entry) -> Iterator[None]:
         connection.interrupt()
         thread.join()
         connection.close()
+
+
+def tell(lines: Iterable[str]) -> None:
+    """Say what the guest has to do without."""
+    for line in lines:
+        sys.stderr.write(f"ostler: {line}\n")
 
 
 def _tell(events: Iterator[dict[str, object]]) -> None:

@@ -58,7 +58,8 @@ def make(request: GuestRequest, *, progress: Progress = silent) -> Plan:
     """
     if request.image is None:
         raise BadRequest("image: missing, expected the name of one; `ostler image ls` shows which are there")
-    nets = request.nets if request.nets is not None else (NetSpec(),)
+    # Ports are asked for, so the network is too; else a host without one can still run the guest.
+    nets = request.nets if request.nets is not None else (NetSpec(optional=not request.ports),)
     if request.ports and not any(net.kind == "passt" for net in nets):
         raise BadRequest("ports: expected a passt network beside them, which is what forwards them")
     image = _image(request.image, request.persist, progress)

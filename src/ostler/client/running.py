@@ -33,6 +33,8 @@ class RunningGuest:
         self._launched = launched
         self._watch = Watch(launched.entry)
         self._agent: AgentClient | None = None
+        self.troubles: list[str] = []
+        """What the guest has to do without, one line each; known once it is configured."""
 
     @property
     def agent(self) -> AgentClient:
@@ -80,7 +82,9 @@ class RunningGuest:
         """What the VM process says of the guest's interfaces: their addresses are chosen where the network is."""
         if not self.plan.spec.nets:
             return {}
-        known: dict[str, Any] = guests.request(self.entry, "inspect").get("network", {})
+        facts = guests.request(self.entry, "inspect")
+        self.troubles = [str(each) for each in facts.get("troubles", [])]
+        known: dict[str, Any] = facts.get("network", {})
         return {name: value for name, value in known.items() if value}
 
     def release(self) -> None:

@@ -77,6 +77,8 @@ class VM:
         except BaseException:
             guest.end()
             raise
+        for trouble in guest.troubles:
+            self._progress(trouble)
         self._guest = guest
         return self
 

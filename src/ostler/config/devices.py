@@ -107,6 +107,8 @@ class NetSpec(_Part):
     ip: Annotated[str, AfterValidator(_network)] | None = None
     """A static address with its prefix; without one the guest asks by DHCP."""
     gateway: Address | None = None
+    optional: bool = False
+    """Go without, and say so, where the host cannot give it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -18,7 +18,7 @@ from ostler.backends.tap import Tap
 from ostler.config.devices import NetSpec, PortSpec
 from ostler.devices.virtio.net import NetDevice
 from ostler.devices.virtio.rate_limit import RateLimit
-from ostler.errors import BadRequest
+from ostler.errors import BadRequest, HostError
 from ostler.machine.surroundings import Surroundings
 
 # The kernel puts the first free number in its place.
@@ -43,10 +43,15 @@ def build(
     if ports and first_passt is None:
         raise BadRequest(f"port {ports[0].host}:{ports[0].guest}: only passt forwards ports, expected --net passt")
     guest = around.folder.name if around.folder else "guest"
-    return [
-        _network(number, net, ports if number == first_passt else (), guest, stack, around)
-        for number, net in enumerate(nets)
-    ]
+    found: list[Network] = []
+    for number, net in enumerate(nets):
+        try:
+            found.append(_network(number, net, ports if number == first_passt else (), guest, stack, around))
+        except HostError as error:
+            if not net.optional:
+                raise
+            around.report(f"net{number}", f"the guest has no network: {error}")
+    return found
 
 
 def _network(

@@ -124,7 +124,9 @@ class GuestProcess:
         self, spec: GuestSpec, opened: Accel, make_console: ConsoleFactory, *, folder: Path | None = None
     ) -> None:
         """`folder` is where the guest's sockets are. Raises OstlerError for what it cannot be made of."""
-        self.report: Callable[[str, str], None] = _log_trouble
+        self.early_troubles: list[str] = []
+        """What was reported before anybody listened."""
+        self.report: Callable[[str, str], None] = self._note_trouble
         self.lock = threading.Lock()
         self._outcome = Outcome()
         self.is_paused = False
@@ -228,6 +230,10 @@ class GuestProcess:
         vcpu = self.machine.vcpus[end.vcpu or 0]
         raise crash_error(end, vcpu, self.machine.memory, self.console.tail)
 
+    def _note_trouble(self, device: str, text: str) -> None:
+        self.early_troubles.append(f"{device}: {text}")
+        print(f"ostler: {device}: {text}", file=sys.stderr)  # noqa: T201
+
     def _report(self, device: str, text: str) -> None:
         # Looked up at the time: whoever listens comes after the devices.
         self.report(device, text)
@@ -272,8 +278,3 @@ def _functions(
     from ostler.devices.virtio.rng import Entropy
 
     return [("rng", Entropy(os.urandom))]
-
-
-def _log_trouble(device: str, text: str) -> None:
-    """A device's trouble, where nobody else listens for it."""
-    print(f"ostler: {device}: {text}", file=sys.stderr)  # noqa: T201

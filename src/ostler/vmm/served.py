@@ -104,6 +104,7 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
             "spec": json.loads(spec.model_dump_json()),
             # As the agent's `configure` takes it.
             "network": merged_settings(process.networks),
+            "troubles": process.early_troubles,
         }
         service = GuestService(process, server, hubs[0], facts)
         server.service = service

@@ -39,7 +39,8 @@ def test_plain_request_is_a_throw_away_guest_with_an_agent_and_a_network(image: 
 
     root = made.spec.disks[0]
     assert (root.path, root.overlay, root.read_only) == (Path("/images/d/disk.raw"), True, False)
-    assert made.spec.nets == (NetSpec(),)
+    assert made.spec.nets == (NetSpec(optional=True),)
+    assert make(ports=["1:2"]).spec.nets == (NetSpec(),)
     assert made.spec.vsock_cid == 3
     assert "ostler.root=/dev/vda" in made.spec.append.split()
     assert made.spec.append.endswith(" quiet")
