@@ -45,6 +45,7 @@ class PlainGuest:
     ports: tuple[()] = ()
     shares: tuple[()] = ()
     vsock_cid: None = None
+    virtio_console: bool = False
     rng: bool = True
     balloon: bool = False
     test_devices: bool = False

@@ -108,6 +108,8 @@ class GuestSpec(BaseModel):
     """Tagged `share0`, `share1`, … in this order."""
     vsock_cid: Annotated[int, Field(ge=3, le=2**32 - 2)] | None = None
     """None: no vsock device, and so no agent."""
+    virtio_console: bool = False
+    """`/dev/hvc0`, and a named port for an agent without vsock, each on a socket in the runtime folder."""
     rng: bool = True
     balloon: bool = False
     test_devices: bool = Field(default=False)

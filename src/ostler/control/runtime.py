@@ -35,6 +35,8 @@ from typing import Any, Self
 from ostler.errors import BadRequest, GuestNotFound, HostError
 
 CONTROL_SOCKET, VSOCK_SOCKET = "control.sock", "vsock.sock"
+# The virtio console's: the guest's /dev/hvc0, and its port org.ostler.agent.
+HVC_SOCKET, AGENT_SOCKET = "hvc0.sock", "agent.sock"
 CONSOLE_LOG, OUTPUT_LOG, VMM_LOG = "console.log", "output.log", "vmm.log"
 LOCK, ENTRY, SPEC, PID, END = "lock", "entry.json", "spec.json", "pid", "end.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", re.ASCII)

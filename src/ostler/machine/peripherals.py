@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ostler.abi.virtio import blk
+from ostler.backends.console_port import PortSocket
 from ostler.backends.disk import default_serial, open_raw
 from ostler.backends.disk_overlay import open_overlay
 from ostler.backends.storage_daemon import StorageDaemon
@@ -21,9 +22,11 @@ from ostler.backends.vsock import VsockSockets
 from ostler.backends.worker import Worker
 from ostler.config import GuestSpec
 from ostler.config.devices import DiskSpec, ShareSpec
-from ostler.control.runtime import VSOCK_SOCKET
+from ostler.control.runtime import AGENT_SOCKET, HVC_SOCKET, VSOCK_SOCKET
 from ostler.devices.virtio.balloon import Balloon
 from ostler.devices.virtio.blk import Block, Disk
+from ostler.devices.virtio.console import ConsoleDevice
+from ostler.devices.virtio.console_port import Port
 from ostler.devices.virtio.device import VirtioDevice
 from ostler.devices.virtio.external import ExternalBlock, SharedFolder
 from ostler.devices.virtio.rng import Entropy
@@ -34,6 +37,8 @@ from ostler.machine.networks import Network
 from ostler.machine.surroundings import Surroundings
 
 MAX_BLOCK_QUEUES = 4
+# Where the agent listens in a guest without vsock.
+AGENT_PORT = "org.ostler.agent"
 BLK_CONFIG_BYTES = 60
 # What another program may offer a guest's block driver.
 BLK_FEATURES = 1 << blk.VIRTIO_BLK_F_CONFIG_WCE | sum(
@@ -66,7 +71,18 @@ def build(
         functions.append(("rng", Entropy(os.urandom)))
     if spec.vsock_cid is not None:
         functions.append(("vsock", _vsock(spec.vsock_cid, stack, around)))
+    if spec.virtio_console:
+        functions.append(("console", _console(stack, around)))
     return functions
+
+
+def _console(stack: contextlib.ExitStack, around: Surroundings) -> VirtioDevice:
+    if around.folder is None:
+        raise BadRequest("virtio_console: expected a guest with a runtime folder, for the sockets in it")
+    terminal, agent = (
+        stack.enter_context(PortSocket(around.folder / name, around.host)) for name in (HVC_SOCKET, AGENT_SOCKET)
+    )
+    return ConsoleDevice([Port("console", terminal, is_console=True), Port(AGENT_PORT, agent)])
 
 
 def _vsock(cid: int, stack: contextlib.ExitStack, around: Surroundings) -> VirtioDevice:

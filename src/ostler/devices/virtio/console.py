@@ -179,7 +179,7 @@ class ConsoleDevice(VirtioDevice):
         elif number < len(self._ports) and event == PORT_READY:
             self._port_ready(number, is_ready=bool(value & 1))
         elif number < len(self._ports) and event == PORT_OPEN:
-            self._ports[number].guest_open = bool(value & 1)
+            self._ports[number].guest_opened(is_open=bool(value & 1))
         else:
             self.malformed += 1
 

@@ -101,6 +101,11 @@ class Port:
 
     # -- told by the driver -----------------------------------------------------------------
 
+    def guest_opened(self, *, is_open: bool) -> None:
+        """A program in the guest has opened the port, or closed it."""
+        self.guest_open = is_open
+        self._watch()
+
     def buffers_given(self) -> None:
         """There is room for input."""
         self._starved = False
@@ -150,7 +155,9 @@ class Port:
 
     def _watch(self) -> None:
         if self.host_open:
-            self._backend.watch(read=self._receive is not None and not self._starved, write=self._pending is not None)
+            # A driver throws away what comes for a port that no program has open.
+            read = self.guest_open and self._receive is not None and not self._starved
+            self._backend.watch(read=read, write=self._pending is not None)
 
 
 def _after(views: Sequence[memoryview], start: int) -> list[memoryview]:

@@ -77,6 +77,7 @@ class Guest:
         self.messages()
         for number in (0, 1):
             self.control(number, console.PORT_READY, 1)
+            self.control(number, console.PORT_OPEN, 1)
         self.messages()
         for index in (HVC_RX, AGENT_RX):
             self.give(index)
@@ -161,6 +162,19 @@ def test_input_waits_for_the_guest_to_give_buffers() -> None:
     assert first + rest == b"x" * 40
 
 
+def test_input_waits_for_a_program_in_the_guest_to_open_the_port() -> None:
+    with Guest() as guest:
+        guest.connect()
+        guest.control(1, console.PORT_OPEN, 0)
+        guest.agent.type(b"early")
+        before = guest.received(AGENT_RX)
+        guest.control(1, console.PORT_OPEN, 1)
+        guest.agent.type(b"")
+        after = guest.received(AGENT_RX)
+
+    assert (before, after) == (b"", b"early")
+
+
 def test_output_that_is_not_taken_stays_with_the_guest_and_goes_on_where_it_was() -> None:
     with Guest() as guest:
         guest.connect()
@@ -224,7 +238,7 @@ def test_control_message_that_is_none_is_counted(message: bytes) -> None:
 def test_restored_console_knows_its_ports_and_says_what_is_open() -> None:
     with Guest() as guest:
         guest.connect()
-        guest.control(1, console.PORT_OPEN, 1)
+        guest.control(0, console.PORT_OPEN, 0)
         saved = guest.device.save()
     with Guest() as guest:
         guest.device.reset()
