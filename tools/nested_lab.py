@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -162,7 +163,9 @@ def lab(arguments: argparse.Namespace) -> int:
     failed += [f"{name} (never ran)" for name in sorted(expected - steps.keys())]
     for name, (status, seconds) in steps.items():
         print(f"  {'ok  ' if status == 0 else 'FAIL'} {name} {seconds} s")
-    say(f"{time.monotonic() - started:.0f} s in all" + (f"; failed: {', '.join(failed)}" if failed else "; all passed"))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = f"{time.monotonic() - started:.0f} s in all, {used.ru_utime + used.ru_stime:.0f} s of CPU time"
+    say(took + (f"; failed: {', '.join(failed)}" if failed else "; all passed"))
     print(f"lab: {len(expected) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0
 
