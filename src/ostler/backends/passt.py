@@ -40,9 +40,10 @@ SOCKET_BUFFER_BYTES = 4 << 20
 IOV_MAX = 1024
 MAX_RESTARTS, RESTART_WINDOW_S = 5, 60.0
 
-V4_NET, V6_NET = "10.213.77", "fd6f:7374:6c65:7200:"
-# Leads to the host's resolver where that listens on the host's loopback alone.
-DNS_FORWARD = f"{V4_NET}.3"
+# Of each interface a network of its own, by number; in them the guest is 2, the gateway 1. A guest that asks 3 reaches
+# the host's resolver, where that listens on the host's loopback alone.
+V4_NETS, V6_NETS = "10.213.{}.", "fd6f:7374:6c65:72{:02x}::"
+FIRST_NET, NETS = 77, 128
 RESOLVERS = Path("/etc/resolv.conf")
 _NOISE = re.compile(r"(Failed to send \d+ bytes to syslog(; )?)")
 
@@ -87,6 +88,8 @@ class PasstOptions:
 
     mac: bytes
     forwards: tuple[Forward, ...] = ()
+    number: int = 0
+    """Which of the guest's interfaces it is."""
     host_loopback: bool = False
     """Connections to the gateway's address reach services on the host's loopback interface."""
 
@@ -329,9 +332,10 @@ def arguments(options: PasstOptions, guest: GuestAddresses, fd: int) -> list[str
         argv += ["--runas", "0"]
     if guest.v4:
         argv += ["-a", guest.v4.address, "-n", str(guest.v4.prefix), "-g", guest.v4.gateway]
-        if DNS_FORWARD in guest.dns:
+        forward = v4_address(options, 3)
+        if forward in guest.dns:
             # Only then: passt would make all answers of the host's resolver come from here, asked there or not.
-            argv += ["--dns-forward", DNS_FORWARD]
+            argv += ["--dns-forward", forward]
     else:
         argv.append("--ipv6-only")
     if guest.v6:
@@ -355,12 +359,21 @@ def _port_spec(forward: Forward) -> str:
 
 def addresses(options: PasstOptions) -> GuestAddresses:
     """The guest's side of the network. Raises HostError on a host without any."""
-    v4 = Address(f"{V4_NET}.2", 24, f"{V4_NET}.1") if has_default_route(6, "/proc/net/route") else None
-    v6 = Address(f"{V6_NET}:2", 64, f"{V6_NET}:1") if has_default_route(9, "/proc/net/ipv6_route") else None
+    prefix = V6_NETS.format(options.number % NETS)
+    v4 = v6 = None
+    if has_default_route(6, "/proc/net/route"):
+        v4 = Address(v4_address(options, 2), 24, v4_address(options, 1))
+    if has_default_route(9, "/proc/net/ipv6_route"):
+        v6 = Address(f"{prefix}2", 64, f"{prefix}1")
     if v4 is None and v6 is None:
         raise HostError("passt: this host has no default route, expected one: use --net none")
     resolvers = tuple(each for each in host_resolvers() if (v6 if ":" in each else v4))
-    return GuestAddresses(options.mac, v4, v6, resolvers or ((DNS_FORWARD,) if v4 else ()))
+    return GuestAddresses(options.mac, v4, v6, resolvers or ((v4_address(options, 3),) if v4 else ()))
+
+
+def v4_address(options: PasstOptions, host: int) -> str:
+    """An address in the interface's own network."""
+    return V4_NETS.format(FIRST_NET + options.number % NETS) + str(host)
 
 
 def has_default_route(kind: int, table: str) -> bool:

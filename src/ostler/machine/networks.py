@@ -65,7 +65,7 @@ def _network(
 
     backend: Passt | Tap
     if net.kind == "passt":
-        options = PasstOptions(mac, tuple(map(_forward, ports)))
+        options = PasstOptions(mac, tuple(map(_forward, ports)), number)
         given = with_static(addresses(options), net)
         backend = passt = stack.enter_context(Passt(options, around.host, guest=given, report=report))
         known = passt.addresses

@@ -14,6 +14,7 @@ from queue import Queue
 import pytest
 
 from ostler.backends.passt import (
+    Address,
     Forward,
     Passt,
     PasstOptions,
@@ -249,6 +250,17 @@ def test_resolver_on_the_hosts_loopback_alone_is_forwarded_to(
 
     assert guest.dns == (("10.213.77.3",) if forwarded else ("192.0.2.9",))
     assert ("--dns-forward" in arguments(OPTIONS, guest, 7)) is forwarded
+
+
+def test_interfaces_of_a_guest_have_networks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ostler.backends.passt.has_default_route", lambda *_: True)
+
+    first, second = (addresses(PasstOptions(MAC, number=number)) for number in (0, 1))
+
+    assert first.v4 == Address("10.213.77.2", 24, "10.213.77.1")
+    assert second.v4 == Address("10.213.78.2", 24, "10.213.78.1")
+    assert first.v6 == Address("fd6f:7374:6c65:7200::2", 64, "fd6f:7374:6c65:7200::1")
+    assert second.v6 == Address("fd6f:7374:6c65:7201::2", 64, "fd6f:7374:6c65:7201::1")
 
 
 def test_resolvers_a_guest_cannot_reach_are_left_out(tmp_path: Path) -> None:
