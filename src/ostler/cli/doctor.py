@@ -6,10 +6,12 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
+
+from ostler.cli.output import Json, print_json
 
 if TYPE_CHECKING:
     from ostler.accel.probe import ProbeReport
@@ -24,28 +26,37 @@ class Finding(NamedTuple):
 
 
 def command(
+    as_json: Json = False,  # noqa: FBT002
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001, FBT002
 ) -> None:
     """Say what this host can do and why `--accel auto` chose what it chose.
 
     The exit status is 1 where no accelerator can run a guest.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from ostler.accel.probe import probe
 
     report = probe(cache=False)
+    findings = [*accelerators(report), *surroundings(), *helpers()]
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        _print(findings)
+    if report.choice is None:
+        raise typer.Exit(1)
+
+
+def _print(findings: Iterable[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     marks = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
-    for finding in [*accelerators(report), *surroundings()]:
+    for finding in findings:
         table.add_row(finding.subject, marks[finding.good], finding.text)
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
-    if report.choice is None:
-        raise typer.Exit(1)
 
 
 def accelerators(report: ProbeReport) -> Iterator[Finding]:
@@ -77,6 +88,47 @@ def surroundings() -> Iterator[Finding]:
     yield _terminal()
     yield _apt()
     yield _cache()
+    yield _runtime()
+
+
+# What guests of images can have besides, the Debian package it is in, and what there is not without it.
+HELPERS = {
+    "mmdebstrap": ("mmdebstrap", "images built from Debian"),
+    "mke2fs": ("e2fsprogs", "root disks of images"),
+    "passt": ("passt", "the network that needs no privileges, forwarded ports"),
+    "virtiofsd": ("qemu-system-common or virtiofsd", "shared folders"),
+    "qemu-storage-daemon": ("qemu-system-common", "qcow2 disks"),
+    "qemu-img": ("qemu-utils", "ostler disk, imported qcow2 images"),
+    "skopeo": ("skopeo", "images from registries"),
+    "umoci": ("umoci", "images from registries"),
+}
+HELPER_FOLDERS = ("/usr/sbin", "/sbin", "/usr/libexec", "/usr/lib/qemu")
+
+
+def helpers() -> Iterator[Finding]:
+    """Programs that guests of images are served by."""
+    from ostler.errors import OstlerError
+    from ostler.images import initrd
+
+    try:
+        yield Finding("agent", True, str(initrd.agent_program()))
+    except OstlerError as error:
+        yield Finding("agent", False, str(error))
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *HELPER_FOLDERS])
+    for program, (package, purpose) in HELPERS.items():
+        found = shutil.which(program, path=path)
+        yield Finding(program, found is not None, found or f"not here; {package} has it: {purpose}")
+
+
+def _runtime() -> Finding:
+    from ostler.control import runtime
+    from ostler.errors import OstlerError
+
+    try:
+        running = sum(entry.is_running() for entry in runtime.entries())
+    except OstlerError as error:
+        return Finding("guests", False, str(error))
+    return Finding("guests", None, f"{running} running; their sockets are in {runtime.root()}")
 
 
 def _terminal() -> Finding:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ostler.cli.output import Json, print_json
+
 app = typer.Typer(help="Kernels to boot, fetched from Debian by apt.", no_args_is_help=False)
 
 
@@ -16,17 +18,24 @@ def _complete(incomplete: str) -> list[str]:
 
 
 @app.command("ls")
-def list_kernels() -> None:
+def list_kernels(as_json: Json = False) -> None:  # noqa: FBT002
     """List the kernels there are, and what of them is in the cache."""
     from rich.console import Console
     from rich.table import Table
 
     from ostler.images import DEFAULT_KERNEL, KERNELS, kernels
 
+    cached = {kernel.name: kernel for kernel in kernels.cached()}
+    if as_json:
+        facts = {name: {"release": each.release, "version": each.package_version} for name, each in cached.items()}
+        print_json([
+            {"name": name, "summary": source.summary, "default": name == DEFAULT_KERNEL, "cached": facts.get(name)}
+            for name, source in KERNELS.items()
+        ])  # fmt: skip
+        return
     table = Table(box=None, pad_edge=False)
     for heading in ("NAME", "WHAT", "IN THE CACHE"):
         table.add_column(heading, no_wrap=True)
-    cached = {kernel.name: kernel for kernel in kernels.cached()}
     for name, source in KERNELS.items():
         here = cached.get(name)
         mark = " (default)" if name == DEFAULT_KERNEL else ""
