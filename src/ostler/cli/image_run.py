@@ -50,7 +50,12 @@ def _serve(guest: RunningGuest, wanted: Plan, phases: Phases, *, tty: bool | Non
         with attached.socket:
             console.attach(attached.socket, attached.backlog + attached.first)
         return 0
-    guest.configure()
+    if sys.stderr.isatty():
+        with progress.shown() as shown:
+            shown("starting the guest")
+            guest.configure()
+    else:
+        guest.configure()
     troubles.tell(guest.troubles)
     phases.end("boot")
     try:

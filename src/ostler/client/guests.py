@@ -17,7 +17,7 @@ from ostler.control.connection import Connection, ConnectionLost
 from ostler.control.runtime import Entry
 from ostler.errors import GuestNotFound, HostError, OstlerError
 
-LOOK_TIMEOUT_S = 2.0
+LOOK_TIMEOUT_S, ASK_TIMEOUT_S = 2.0, 5.0
 DEFAULT_GRACE_S = 30.0
 BACKLOG_BYTES, RECEIVE_BYTES = 4 << 20, 64 << 10
 # How long a VM process may take to put its things away after it has told everyone of the end.
@@ -112,7 +112,7 @@ def ask_agent(entry: Entry) -> bool:
     from ostler.agent.client import AgentClient
 
     try:
-        with AgentClient.connect(entry.vsock_socket, timeout_s=LOOK_TIMEOUT_S) as agent:
+        with AgentClient.connect(entry.vsock_socket, timeout_s=ASK_TIMEOUT_S, alive=entry.is_running) as agent:
             agent.shutdown()
     except (OstlerError, OSError):
         return False
