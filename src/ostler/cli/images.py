@@ -161,11 +161,13 @@ def remove_images(
     from ostler.cli.output import print_json
     from ostler.images import store
 
-    removed = [each for name in names for each in store.remove(name)]
+    removed = []
+    for name in names:
+        removed += (gone := store.remove(name))
+        if not json:  # at once: the next may be in use, and that ends the command
+            typer.echo("\n".join(gone))
     if json:
         print_json({"removed": removed})
-    else:
-        typer.echo("\n".join(removed))
 
 
 @app.command("prune")

@@ -186,7 +186,8 @@ def discard(digest: str, name: str) -> int:
             place.rename(doomed / digest)
             remove_folder(doomed)
         except DiskBusy as error:
-            raise ImageError(f"image {name}: a guest uses it: {str(error).partition(': ')[2]}") from error
+            holder = str(error).partition("in use by ")[2].partition("; expected")[0]
+            raise ImageError(f"image {name}: a guest uses it, {holder}") from error
         except FileNotFoundError:
             pass
         except OSError as error:
