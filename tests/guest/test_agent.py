@@ -19,6 +19,7 @@ from ostler.agent import AgentClient
 from ostler.config import parse_guest
 from ostler.control.connection import Connection
 from ostler.control.launch import Launched, launch
+from ostler.control.runtime import AGENT_SOCKET
 from ostler.errors import BadRequest, CommandNotFound, CommandTimeout, GuestNotBooted, OstlerError
 from ostler.images import initrd, kernels
 
@@ -69,7 +70,7 @@ def guest(disk: Path, append: str) -> Iterator[Launched]:
     spec = parse_guest(
         kernel=kernel.image, initrd=initrd.agent_initrd(kernel), accel="soft", memory="256M", vsock_cid=3,
         append=f"console=ttyS0 quiet cryptomgr.notests {append}",
-        disks=[{"path": str(disk), "serial": "root-disk", "format": "raw"}],
+        virtio_console=True, disks=[{"path": str(disk), "serial": "root-disk", "format": "raw"}],
     )  # fmt: skip
     launched = launch(f"agent-{os.getpid()}", spec.model_dump_json(), facts={}, leash=True)
     assert launched.leash_fd is not None
@@ -88,6 +89,11 @@ def test_agent_serves_a_guest_that_has_only_busybox(runtime: Path, disk: Path, t
             commands(agent)
             copies(agent, tmp_path)
             file_systems(agent)
+        with AgentClient.connect_console(entry.path / AGENT_SOCKET, timeout_s=100) as agent:
+            assert agent.run(["cat"], input=b"x" * MIB).stdout == b"x" * MIB
+            agent.put_bytes(b"by console", "/console")
+        with AgentClient.connect_console(entry.path / AGENT_SOCKET, timeout_s=100) as agent:
+            assert agent.get_bytes("/console") == b"by console"
             agent.shutdown()
         assert launched.process.wait(60) == 0
 

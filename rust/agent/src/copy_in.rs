@@ -185,6 +185,9 @@ fn set_mtime(path: &Path, mtime_ns: Option<i64>) -> io::Result<()> {
 }
 
 fn unexpected(frame: &Frame) -> Failure {
+    if frame.kind == Kind::Hello {
+        return io::Error::from(io::ErrorKind::ConnectionReset).into(); // another host, on a console port
+    }
     Refusal::new("bad-request", format!("protocol: {:?} within a tree", frame.kind)).into()
 }
 

@@ -190,6 +190,8 @@ impl Session {
                 self.signal(signal);
             }
             Kind::Resize => self.resize(parse(&frame.payload)?),
+            // Another host, on a console port: whoever wanted this command is gone.
+            Kind::Hello => return Err(io::Error::from(io::ErrorKind::ConnectionReset).into()),
             _ => return Err(protocol("a frame that no running command takes")),
         }
         Ok(())

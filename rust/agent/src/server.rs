@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -31,6 +32,8 @@ pub const CONSOLE_PORT: &str = "org.ostler.agent";
 const CONNECTIONS: usize = 64;
 /// How often a console port is looked at while no host has it open.
 const PORT_PAUSE: Duration = Duration::from_millis(100);
+/// How long a host must have said nothing to be taken for a new one, in milliseconds.
+const PORT_SILENCE_MS: u16 = 200;
 /// A console port that has not appeared after so many looks will not.
 const PORT_LOOKS: u32 = 300;
 
@@ -223,12 +226,30 @@ fn serve_port(name: &str, context: &Context) {
         }
         std::thread::sleep(PORT_PAUSE);
     };
+    // Held open: opening and closing it would be told to the host each time.
+    let Ok(port) = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path) else { return };
     loop {
-        if let Ok(conn) = fs::File::options().read(true).write(true).open(&path).and_then(|file| Conn::new(file.into()))
-        {
-            session::serve(&mut { conn }, context);
+        let mut fds = [PollFd::new(port.as_fd(), PollFlags::POLLIN)];
+        let found = poll(&mut fds, PollTimeout::NONE).ok().and_then(|_| fds[0].revents());
+        if found.is_some_and(|found| found.contains(PollFlags::POLLIN) && !found.contains(PollFlags::POLLHUP)) {
+            if let Ok(mut conn) = port.try_clone().and_then(|fd| Conn::new(fd.into())) {
+                session::serve(&mut conn, context);
+            }
+            discard(&port);
         }
         std::thread::sleep(PORT_PAUSE);
+    }
+}
+
+/// Reads what a host still says after its session, until it is silent or gone: the next one must not meet it.
+fn discard(port: &File) {
+    let mut rest = vec![0; 1 << 16];
+    loop {
+        let mut fds = [PollFd::new(port.as_fd(), PollFlags::POLLIN)];
+        let has_more = poll(&mut fds, PORT_SILENCE_MS).is_ok_and(|count| count > 0);
+        if !has_more || !nix::unistd::read(port, &mut rest).is_ok_and(|count| count > 0) {
+            return;
+        }
     }
 }
 

@@ -77,6 +77,10 @@ fn converse(conn: &mut Conn, context: &Context) -> Outcome<()> {
 /// Exchanges greetings; false where there is nobody to talk to or no common version.
 fn greet(conn: &mut Conn, context: &Context) -> Outcome<bool> {
     let Some(frame) = conn.recv()? else { return Ok(false) };
+    answer_greeting(conn, &frame, context)
+}
+
+fn answer_greeting(conn: &mut Conn, frame: &Frame, context: &Context) -> Outcome<bool> {
     let hello = if frame.kind == Kind::Hello { parse::<Hello>(&frame.payload).ok() } else { None };
     let Some(hello) = hello.filter(|hello| hello.protocol == PROTOCOL) else {
         tell(conn, &Refusal::new("bad-request", "greeting: expected HELLO of ostler-agent"))?;
@@ -124,7 +128,9 @@ fn handle(
 ) -> Outcome<()> {
     match frame.kind {
         Kind::Request => {}
-        Kind::Hello | Kind::Reply | Kind::Error | Kind::Exit => {
+        // On a console port one host may follow another so quickly that nothing tells of the change.
+        Kind::Hello => return answer_greeting(conn, frame, context).map(drop),
+        Kind::Reply | Kind::Error | Kind::Exit => {
             return Err(Refusal::new("bad-request", "protocol: expected a REQUEST").into());
         }
         _ => return Ok(()), // the rest of an operation that failed

@@ -75,6 +75,24 @@ class AgentClient:
         return client
 
     @classmethod
+    def connect_console(cls, path: str | os.PathLike[str], *, timeout_s: float = ANSWER_S) -> Self:
+        """The same through a guest's `agent.sock`, its console port; one client at a time, one operation at a time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = max(deadline - time.monotonic(), 0.1)
+            sock: socket.socket | None = None
+            try:
+                sock = link.unix(Path(path))(left_s)
+                return cls.over(sock, timeout_s=min(left_s, ATTEMPT_S))
+            except (*_NOT_THERE_YET, AgentLost, AgentUnavailable) as error:
+                # What is said before the guest has opened its port is lost, so it is said again.
+                if sock is not None:
+                    sock.close()
+                if time.monotonic() + LONGEST_PAUSE_S >= deadline:
+                    raise AgentUnavailable(f"agent: no answer from the guest within {timeout_s:g} s") from error
+            time.sleep(LONGEST_PAUSE_S)
+
+    @classmethod
     def over(cls, sock: socket.socket, *, timeout_s: float = ANSWER_S) -> Self:
         """Take over one connected stream; operations follow each other on it."""
 

@@ -374,6 +374,7 @@ def test_agent_that_breaks_off_a_command_is_an_error(scripted: Script, said: byt
         encode(Kind.HELLO, b"{}"),
         encode(Kind.REQUEST, b'{"op":"info"}'),
         encode_json(Kind.HELLO, {"protocol": "ostler-agent", "versions": [1, 1]}) + encode(Kind.HELLO, b""),
+        encode_json(Kind.HELLO, {"protocol": "ostler-agent", "versions": [1, 1]}) * 2,
         encode_json(Kind.HELLO, {"protocol": "ostler-agent", "versions": [7, 9]}),
         encode_json(Kind.HELLO, {"protocol": "ostler-agent", "versions": [1, 1]}) + b"\xff" * 64,
         encode_json(Kind.HELLO, {"protocol": "ostler-agent", "versions": [1, 1]}) + encode(Kind.REQUEST, b"[" * 60_000),
