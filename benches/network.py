@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ostler.backends.passt import Forward, PasstOptions, addresses, arguments
+from ostler.backends.passt_options import Forward, PasstOptions, addresses, arguments
 from ostler.host.helpers import Helper, find_program
 from ostler.images import kernels
 from tests.guest.devices_guest import DHCP, WAIT_S, image_of, reports, running

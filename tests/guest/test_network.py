@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ostler.backends.passt import has_default_route, host_resolvers
+from ostler.backends.passt_options import has_default_route, host_resolvers
 from tests.guest.devices_guest import DHCP, WAIT_S, Guest, running
 
 pytestmark = pytest.mark.skipif(
@@ -78,6 +78,29 @@ def test_guest_resolves_names_as_the_host_does() -> None:
     ask = "nslookup localhost >/tmp/answer 2>&1; grep -q 'timed out' /tmp/answer && say silent || say answered\n"
     with running(DHCP + ask) as guest:
         assert guest.next() == "answered"
+
+
+def test_second_interface_has_its_own_network_and_its_rate_alters_nothing() -> None:
+    data = random.Random(6).randbytes(1 << 20)
+    script = (
+        DHCP
+        + """
+cp /tmp/leased /tmp/first
+sed -i '/ip route add default/d' /tmp/lease
+ip link set eth1 up
+udhcpc -i eth1 -n -q -t 20 -T 1 -s /tmp/lease
+set -- $(cat /tmp/leased)
+say "second-$1"
+ip route add "${report%:*}" via "$2" dev eth1
+wget -q -O /tmp/blob "http://$report/blob"
+say "sum-$(md5sum </tmp/blob | cut -d' ' -f1)"
+test "$(cat /sys/class/net/eth1/statistics/rx_bytes)" -gt 1048576 && say through-the-second
+"""
+    )
+    with running(script, blob=data, nets=["passt", "passt,rate=2M"]) as guest:
+        assert guest.next() == "second-10.213.78.2"
+        assert guest.next() == f"sum-{hashlib.md5(data, usedforsecurity=False).hexdigest()}"
+        assert guest.next() == "through-the-second"
 
 
 def test_guest_whose_passt_dies_goes_on_with_a_new_one() -> None:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ostler.backends.passt import Address, Forward, GuestAddresses, Passt, PasstOptions, addresses
+from ostler.backends.passt import Passt
+from ostler.backends.passt_options import Address, Forward, GuestAddresses, PasstOptions, addresses
 from ostler.backends.tap import Tap
 from ostler.config.devices import NetSpec, PortSpec
 from ostler.devices.virtio.net import NetDevice

@@ -13,10 +13,10 @@ from queue import Queue
 
 import pytest
 
-from ostler.backends.passt import (
+from ostler.backends.passt import Passt
+from ostler.backends.passt_options import (
     Address,
     Forward,
-    Passt,
     PasstOptions,
     addresses,
     arguments,
@@ -215,21 +215,21 @@ def test_port_in_use_is_one_line() -> None:
 def test_missing_passt_is_one_line(running: RunningLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr("ostler.host.helpers.SYSTEM_FOLDERS", ())
-    monkeypatch.setattr("ostler.backends.passt.has_default_route", lambda *_: True)
+    monkeypatch.setattr("ostler.backends.passt_options.has_default_route", lambda *_: True)
 
     with pytest.raises(HostError, match="passt: not found on this host: install the package passt, or use --net none"):
         Passt(OPTIONS, running.host, report=lambda _: None)
 
 
 def test_host_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ostler.backends.passt.has_default_route", lambda *_: False)
+    monkeypatch.setattr("ostler.backends.passt_options.has_default_route", lambda *_: False)
 
     with pytest.raises(HostError, match="no default route"):
         addresses(OPTIONS)
 
 
 def test_command_line_says_none_where_no_port_is_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ostler.backends.passt.has_default_route", lambda kind, _: kind == 6)
+    monkeypatch.setattr("ostler.backends.passt_options.has_default_route", lambda kind, _: kind == 6)
     options = PasstOptions(MAC, forwards=(Forward(8080, 80), Forward(81, 81, host_address="::1")))
 
     argv = arguments(options, addresses(options), 7)
@@ -243,8 +243,8 @@ def test_command_line_says_none_where_no_port_is_forwarded(monkeypatch: pytest.M
 def test_resolver_on_the_hosts_loopback_alone_is_forwarded_to(
     monkeypatch: pytest.MonkeyPatch, resolvers: list[str], *, forwarded: bool
 ) -> None:
-    monkeypatch.setattr("ostler.backends.passt.has_default_route", lambda kind, _: kind == 6)
-    monkeypatch.setattr("ostler.backends.passt.host_resolvers", lambda: resolvers)
+    monkeypatch.setattr("ostler.backends.passt_options.has_default_route", lambda kind, _: kind == 6)
+    monkeypatch.setattr("ostler.backends.passt_options.host_resolvers", lambda: resolvers)
 
     guest = addresses(OPTIONS)
 
@@ -253,7 +253,7 @@ def test_resolver_on_the_hosts_loopback_alone_is_forwarded_to(
 
 
 def test_interfaces_of_a_guest_have_networks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ostler.backends.passt.has_default_route", lambda *_: True)
+    monkeypatch.setattr("ostler.backends.passt_options.has_default_route", lambda *_: True)
 
     first, second = (addresses(PasstOptions(MAC, number=number)) for number in (0, 1))
 

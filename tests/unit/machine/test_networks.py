@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from ostler.backends.passt import Address, GuestAddresses
+from ostler.backends.passt_options import Address, GuestAddresses
 from ostler.config.devices import NetSpec, PortSpec
 from ostler.devices.virtio.net import NetDevice
 from ostler.errors import BadRequest
