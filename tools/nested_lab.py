@@ -137,8 +137,8 @@ def expected_steps(arguments: argparse.Namespace) -> set[str]:
         f"boot:{kernel}:{cpus}:{turn + 1}" for kernel in INNER_KERNELS for cpus in (1, 2)
         for turn in range(arguments.turns)
     }  # fmt: skip
-    carried = ("save-here", "carry-in", "carry-out", "continue-here")
-    names |= {f"{name}:{turn + 1}" for name in carried for turn in range(arguments.carries)}
+    names |= {"save-here", "carry-out"} if arguments.carries else set()
+    names |= {f"{name}:{turn + 1}" for name in ("carry-in", "continue-here") for turn in range(arguments.carries)}
     return names | ({"peer"} if arguments.peer else set())
 
 
@@ -151,9 +151,9 @@ def lab(arguments: argparse.Namespace) -> int:
         share = Path(scratch)
         prepare(share, arguments)
         kernel = ("--kernel", str(share / "kernels" / INNER_KERNELS[0]), "--initrd", str(share / "carry/initrd.img"))
-        for turn in range(1, arguments.carries + 1):
-            words = ["save", f"{share}/carry/soft-{turn}", "--seed", str(turn), "--without", WITHOUT, *kernel]
-            carry_here(steps, f"save-here:{turn}", words)
+        if arguments.carries:
+            words = ["save", f"{share}/carry/soft", "--count", str(arguments.carries), "--without", WITHOUT, *kernel]
+            carry_here(steps, "save-here", words)
         say("booting the lab")
         steps |= run(command(share, disk, image))
         for turn in range(1, arguments.carries + 1):

@@ -1,11 +1,11 @@
 """A running Linux carried from one accelerator to the other, by a file in between.
 
-    carry.py save --accel soft --seed 7 FILE      boot, run into the workload, stop at a random instant, save
-    carry.py continue --accel kvm FILE            put the state into a new machine and run it to its end
+    carry.py save --accel soft --count 20 FILE    boot, run into the workload, save at random instants: FILE-1, …
+    carry.py continue --accel kvm FILE-1          put the state into a new machine and run it to its end
 
 The workload counts, and hashes what it counted: what its last line says depends on every step on both sides. The
 processor's model is what both accelerators can give: `--without` names what the poorer one lacks. The file is for this
-tool only: a line of JSON, then the guest's memory but for its empty pages, compressed.
+tool only: a line of JSON, then the guest's memory but for its empty parts.
 
 Exit status 0 when it went as it should, 1 when not; one line says how far the guest was.
 """
@@ -20,12 +20,11 @@ import os
 import random
 import sys
 import threading
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ostler import accel
 from ostler.abi.kvm.state import Regs
@@ -38,15 +37,17 @@ from ostler.config import GuestSpec
 from ostler.host.folders import cache_root
 from ostler.machine import saved
 from ostler.memory import GuestMemory
-from ostler.memory.layout import PAGE_SIZE
-from ostler.vmm.console import on_descriptors
+from ostler.vmm.console import ConsoleOutput, on_descriptors
 from ostler.vmm.processors import End, EndKind
 from ostler.vmm.run import GuestProcess
 
 TICKS = 60
-# The workload stands between the first and this tick when it is stopped: it has work left on the other side.
-LAST_STOP = 40
-LONGEST_DELAY_S = 0.3
+# The workload stands between the first and this tick when it is saved: it has work left on the other side.
+LAST_STOP = 50
+LONGEST_DELAY_S = 0.1
+PART_BYTES = 64 << 10
+# No guest says this on its console.
+MARK = b"\0"
 MEMORY = "96M"
 APPEND = "console=ttyS0 quiet panic=-1"
 WORKLOAD = f"""#!/bin/busybox sh
@@ -64,21 +65,30 @@ echo "end $sum"
 
 
 class Watched:
-    """A guest's process whose console is watched; it can be told to stop at a line of the guest's."""
+    """A guest's process whose console is watched; told when a line appeared, in the loop's thread, some time later."""
 
     def __init__(self, spec: GuestSpec, opened: Accel) -> None:
         self.console = bytearray()
         self._out, self._inward = os.pipe()
         self.process = GuestProcess(spec, opened, on_descriptors(None, self._inward))
-        self._until: bytes | None = None
-        self._delay_s = 0.0
+        self._waiting: list[tuple[bytes, float]] = []
+        self._then: Callable[[], None] = self.process.quit
+        self._heard = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def run(self, until: bytes | None = None, delay_s: float = 0.0) -> End:
-        """Run to the guest's end, or to `delay_s` after `until` appeared on the console."""
-        self._until, self._delay_s = until, delay_s
+    def run(self, stops: Sequence[tuple[bytes, float]] = (), then: Callable[[], None] | None = None) -> End:
+        """Run to the guest's end, calling `then` at each stop: so many seconds after that line."""
+        self._waiting, self._then = list(stops), then or self.process.quit
         return self.process.run()
+
+    def heard(self) -> bytes:
+        """The console so far, with what is still on its way: it is the guest's past, too. Loop's thread."""
+        cast(ConsoleOutput, self.process.console.output).flush()
+        self._heard.clear()
+        os.write(self._inward, MARK)
+        self._heard.wait()
+        return bytes(self.console)
 
     def close(self) -> None:
         """End the process and hear out its console."""
@@ -89,10 +99,12 @@ class Watched:
 
     def _read(self) -> None:
         while chunk := os.read(self._out, 4096):
-            self.console += chunk
-            if self._until and self._until in self.console:
-                self._until = None
-                threading.Timer(self._delay_s, self.process.quit).start()
+            self.console += chunk.replace(MARK, b"")
+            if MARK in chunk:
+                self._heard.set()
+            while self._waiting and self._waiting[0][0] in self.console:
+                _, delay_s = self._waiting.pop(0)
+                threading.Timer(delay_s, self.process.loop.call_soon, (self._then,)).start()
 
 
 @contextmanager
@@ -124,33 +136,54 @@ def guest_spec(kernel: Path, image: Path, cpu: str, cpus: int) -> GuestSpec:
 
 
 def save(arguments: argparse.Namespace) -> int:
-    """Boot, stop somewhere in the workload, write the file."""
+    """Boot, save at random instants of the workload, each into a file of its own."""
     chosen = random.Random(arguments.seed)
-    tick, delay_s = chosen.randint(1, LAST_STOP), chosen.uniform(0, LONGEST_DELAY_S)
+    ticks = sorted(chosen.randint(1, LAST_STOP) for _ in range(arguments.count))
+    stops = [(b"tick %d\r" % tick, chosen.uniform(0, LONGEST_DELAY_S)) for tick in ticks]
     spec = guest_spec(arguments.kernel, arguments.initrd, reduced_model(arguments.without), arguments.cpus)
     opened = accel.open(arguments.accel)
     with watched(spec, opened) as guest:
         machine = guest.process.machine
         kernel = read_kernel(arguments.kernel, unpacked=UnpackedKernels(cache_root() / "unpacked"))
         machine.load(kernel, initrd=arguments.initrd.read_bytes(), cmdline=APPEND)
-        end = guest.run(until=b"tick %d\r" % tick, delay_s=delay_s)
-        if end.kind is not EndKind.QUIT:
-            return complain(f"ended by {end.kind.value} before tick {tick}", guest.console)
-        state = asdict(saved.save(machine, opened))
-        memory = packed(machine.memory)
+        saved_states = 0
+
+        def take() -> None:
+            """In the loop's thread: hold the guest, write the file, and let it go on or end it."""
+            nonlocal saved_states
+            saved_states += 1
+            guest.process.pause()
+            path = Path(f"{arguments.file}-{saved_states}")
+            rip = write(path, saved.save(machine, opened), machine.memory, guest, spec)
+            print(f"saved on {arguments.accel} after tick {guest.console.count(b'tick ')}, RIP {rip:#x}", flush=True)
+            guest.process.resume()
+            if saved_states == arguments.count:
+                guest.process.quit()
+
+        end = guest.run(stops, take)
     opened.close()
-    header = {"state": state, "console": bytes(guest.console), "cpu": spec.cpu, "cpus": spec.cpus}
-    with arguments.file.open("wb") as out:
-        out.write(json.dumps(header, default=as_text).encode() + b"\n" + memory)
-    rip = Regs.from_buffer_copy(state["processors"][0]["structures"]["regs"]).rip
-    print(f"saved on {arguments.accel} {delay_s:.3f} s after tick {tick}, RIP {rip:#x}")
+    if saved_states != arguments.count:
+        return complain(f"ended by {end.kind.value} after {saved_states} of {arguments.count} stops", guest.console)
     return 0
+
+
+def write(path: Path, machine: saved.SavedMachine, memory: GuestMemory, guest: Watched, spec: GuestSpec) -> int:
+    """Write the file; where the first processor stands."""
+    state = asdict(machine)
+    header = {"state": state, "console": guest.heard(), "cpu": spec.cpu, "cpus": spec.cpus}
+    with path.open("wb") as out:
+        out.write(json.dumps(header, default=as_text).encode() + b"\n")
+        for gpa, part in parts(memory):
+            out.write(gpa.to_bytes(8, "little"))
+            out.write(part)
+    return int(Regs.from_buffer_copy(state["processors"][0]["structures"]["regs"]).rip)
 
 
 def resume(arguments: argparse.Namespace) -> int:
     """Put the file's state into a new machine, run it to its end, judge the whole console."""
-    line, _, memory = arguments.file.read_bytes().partition(b"\n")
-    header = json.loads(line, object_hook=from_text)
+    with arguments.file.open("rb") as file:
+        header = json.loads(file.readline(), object_hook=from_text)
+        memory = memoryview(file.read())
     spec = guest_spec(Path(os.devnull), Path(os.devnull), header["cpu"], header["cpus"])
     opened = accel.open(arguments.accel)
     with watched(spec, opened) as guest:
@@ -182,23 +215,21 @@ def complain(text: str, console: bytes | bytearray) -> int:
     return 1
 
 
-def packed(memory: GuestMemory) -> bytes:
-    """Page numbers and pages, without the empty ones."""
-    zero, packer, out = bytes(PAGE_SIZE), zlib.compressobj(1), []
+def parts(memory: GuestMemory) -> Iterator[tuple[int, memoryview]]:
+    """Guest memory in parts, without the empty ones."""
+    zero = bytes(PART_BYTES)
     for region in memory.regions:
-        for gpa in range(region.start, region.start + region.size_bytes, PAGE_SIZE):
-            page = memory.view(gpa, PAGE_SIZE)
-            if page != zero:
-                out += [packer.compress((gpa // PAGE_SIZE).to_bytes(8, "little")), packer.compress(page)]
-    return b"".join([*out, packer.flush()])
+        for gpa in range(region.start, region.start + region.size_bytes, PART_BYTES):
+            part = memory.view(gpa, PART_BYTES)
+            if bytes(part) != zero:
+                yield gpa, part
 
 
-def unpack(data: bytes, memory: GuestMemory) -> None:
-    """Undo `packed`, into fresh memory."""
-    pages = memoryview(zlib.decompress(data))
-    for at in range(0, len(pages), PAGE_SIZE + 8):
-        gpa = int.from_bytes(pages[at : at + 8], "little") * PAGE_SIZE
-        memory.write(gpa, pages[at + 8 : at + 8 + PAGE_SIZE])
+def unpack(data: memoryview, memory: GuestMemory) -> None:
+    """Undo `parts`, into fresh memory."""
+    for at in range(0, len(data), PART_BYTES + 8):
+        gpa = int.from_bytes(data[at : at + 8], "little")
+        memory.write(gpa, data[at + 8 : at + 8 + PART_BYTES])
 
 
 def as_text(value: Any) -> Any:
@@ -231,6 +262,7 @@ def main() -> int:
     parser.add_argument("--initrd", type=Path)
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=1, help="how often to save")
     parser.add_argument("--without", default="", help="features of the default model that the other side lacks")
     arguments = parser.parse_intermixed_args()
     return {"save": save, "continue": resume, "missing": missing}[arguments.what](arguments)
