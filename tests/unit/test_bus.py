@@ -73,6 +73,17 @@ def test_mmio_claim_overlap_raises() -> None:
             bus.claim("second", start, size, Recorder())
 
 
+def test_mmio_claim_released_is_open_bus_and_free_again() -> None:
+    bus = MmioBus()
+    bus.claim("first", 0x1000, 0x1000, Recorder())
+    assert (bus.is_free(0x1800, 8), bus.is_free(0x2000, 8), bus.is_free(0x3000, 0)) == (False, True, False)
+    bus.release(0x1000)
+    assert (bus.read(0x1000, 1), bus.is_free(0x1800, 8), bus.claims()) == (0xFF, True, [])
+    for start in (0x1000, 0x0):
+        with pytest.raises(ValueError, match="no claim begins"):
+            bus.release(start)
+
+
 @given(st.lists(st.tuples(st.integers(0, 0x30), st.sampled_from([1, 2, 4]), st.integers(0, 2**32 - 1)), max_size=40))
 def test_port_any_access_keeps_device_inside_its_claim(accesses: list[tuple[int, int, int]]) -> None:
     bus, device = PortBus(), Recorder()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ostler.boot.acpi import AcpiPlatform, build_tables, install_tables
+from ostler.boot.acpi import AcpiPci, AcpiPlatform, build_tables, install_tables
 from ostler.boot.acpi.tables import AcpiTables
 from ostler.memory import GuestMemory
 from ostler.memory.layout import ACPI_LIMIT
@@ -34,7 +34,11 @@ def platform(cpus: int = 2) -> AcpiPlatform:
         rtc_irq=8,
         rtc_century_index=0x32,
         pvpanic_port=0x505,
-    )
+        pci=AcpiPci(
+            ecam_base=0xE000_0000, ecam_size=0x10_0000, low_start=0xC000_0000, low_size=0x2000_0000,
+            high_start=0x78_0000_0000, high_size=0x8_0000_0000, config_port=0xCF8, pin_gsis=(16, 17, 18, 19),
+        ),
+    )  # fmt: skip
 
 
 def at(tables: AcpiTables, address: int, size: int) -> bytes:
@@ -65,7 +69,7 @@ def listed(tables: AcpiTables) -> dict[bytes, bytes]:
 def test_every_table_sums_to_zero_and_has_its_size() -> None:
     tables = build_tables(platform())
     found = listed(tables)
-    assert set(found) == {b"XSDT", b"RSDT", b"FACP", b"APIC", b"DSDT", b"FACS"}
+    assert set(found) == {b"XSDT", b"RSDT", b"FACP", b"APIC", b"MCFG", b"DSDT", b"FACS"}
     for signature, data in found.items():
         if signature != b"FACS":
             assert sum(data) & 0xFF == 0, signature
@@ -89,6 +93,12 @@ def test_fadt_names_ports_and_reset() -> None:
     assert fadt[108] == 0x32
 
 
+def test_mcfg_names_the_configuration_space_of_bus_0() -> None:
+    mcfg = listed(build_tables(platform()))[b"MCFG"]
+    assert struct.unpack_from("<QHBB", mcfg, 44) == (0xE000_0000, 0, 0, 0)
+    assert b"MCFG" not in listed(build_tables(replace(platform(), pci=None)))
+
+
 def test_madt_255_processors_fit_below_1_mib_and_large_ids_are_x2apic() -> None:
     with GuestMemory.of_size(16 << 20) as memory:
         assert install_tables(memory, platform(255)) < ACPI_LIMIT
@@ -102,7 +112,7 @@ def test_madt_255_processors_fit_below_1_mib_and_large_ids_are_x2apic() -> None:
 
 
 @pytest.mark.skipif(shutil.which("iasl") is None, reason="iasl (acpica-tools) is not installed")
-@pytest.mark.parametrize("signature", [b"DSDT", b"FACP", b"APIC", b"FACS", b"XSDT"])
+@pytest.mark.parametrize("signature", [b"DSDT", b"FACP", b"APIC", b"MCFG", b"FACS", b"XSDT"])
 def test_reference_disassembler_reads_table(signature: bytes, tmp_path: Path) -> None:
     source = tmp_path / "table.dat"
     source.write_bytes(listed(build_tables(platform()))[signature])
@@ -114,7 +124,18 @@ def test_reference_disassembler_reads_table(signature: bytes, tmp_path: Path) ->
     assert "Error" not in result.stdout + result.stderr
     assert "Invalid" not in text
     if signature == b"DSDT":
-        for expected in ("ACPI0007", "PNP0501", "QEMU0001", "PNP0B00", "_S5", "0x03F8", "0x0505"):
+        for expected in (
+            "ACPI0007",
+            "PNP0501",
+            "QEMU0001",
+            "PNP0B00",
+            "_S5",
+            "0x03F8",
+            "0x0505",
+            "PNP0A08",
+            "PNP0C02",
+            "_PRT",
+        ):
             assert expected in text
         again = subprocess.run(
             ["iasl", "-p", "again", "table.dsl"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
