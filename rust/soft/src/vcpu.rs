@@ -26,6 +26,9 @@ use std::sync::{Arc, Mutex};
 
 pub(crate) use crate::runpage::RUN_PAGE_BYTES;
 
+/// The environment variable that gives a vCPU the translator when it says `translate`.
+const ENGINE: &str = "OSTLER_ENGINE";
+
 /// What only one thread at a time may hold.
 struct Core {
     cpu: Box<Cpu>,
@@ -52,7 +55,8 @@ impl Vcpu {
         let id = local.peer.id;
         let board = Box::new(VcpuBoard(local.clone()));
         let mut cpu = Cpu::new(id, local.machine.slots(), local.peer.shared.clone(), board);
-        if std::env::var_os("OSTLER_ENGINE").is_some_and(|engine| engine == "translate") {
+        if std::env::var_os(ENGINE).is_some_and(|engine| engine == "translate") {
+            // Without memory for code the interpreter does it all.
             cpu.use_translator(HOT);
         }
         cpu.wait_sipi = local.lapic().is_some() && !local.machine.is_boot_vcpu(id);

@@ -57,8 +57,10 @@ pub(crate) struct Block {
     /// Ends in a near direct branch or falls through: successors may be linked.
     pub linkable: bool,
     pub bytes: u8,
+    /// As `linkable`, but it may straddle.
+    pub joins: bool,
     /// Host address of the second page's first byte, its word and generation, when it straddles.
-    second: Option<(*const u8, *const AtomicU64, u32)>,
+    pub second: Option<(*const u8, *const AtomicU64, u32)>,
     pub links: [Link; 2],
 }
 
@@ -66,6 +68,12 @@ impl Block {
     /// Its one instruction goes on in the next page.
     pub fn straddles(&self) -> bool {
         self.second.is_some()
+    }
+
+    /// The second page's generation stands, if there is one.
+    pub fn second_valid(&self) -> bool {
+        // SAFETY: as valid().
+        self.second.is_none_or(|(_, word, generation)| unsafe { (*word).load(Relaxed) >> 32 == generation as u64 })
     }
 
     /// Its page's word, and the generation it was decoded under.
@@ -262,6 +270,7 @@ impl Cpu {
         }
         if !straddles {
             let linear = self.rip.wrapping_add(self.seg_base[seg::CS]);
+            self.tlb.code_regions.note(linear);
             self.blocks.jumps[jump_index(linear)] = Jump { linear, context, block };
         }
         Ok(block)
@@ -427,6 +436,7 @@ impl Cpu {
             host: (key >> 2) as *const u8,
             code: Translation::NONE,
             linkable: linkable && second.is_none(),
+            joins: linkable,
             bytes: end as u8,
             second,
             links: [NO_LINK; 2],

@@ -53,6 +53,8 @@ pub enum Mode {
 pub struct Tlb {
     arrays: Box<[[Entry; ENTRIES]; 4]>,
     pub(crate) mode: Mode,
+    /// Where the jump caches may lead to.
+    pub(crate) code_regions: Regions,
     asid_of_pcid: Box<[u16; 4096]>,
     next_asid: u16,
     /// A write tag went while [`attention::WRITES`] waited: which page's is not known any more.
@@ -64,6 +66,7 @@ impl Default for Tlb {
         Self {
             arrays: vec![[EMPTY; ENTRIES]; 4].into_boxed_slice().try_into().ok().unwrap_or_else(|| unreachable!()),
             mode: Mode::Super,
+            code_regions: Regions::default(),
             asid_of_pcid: Box::new([0; 4096]),
             next_asid: 1,
             writes_lost: false,
@@ -87,6 +90,35 @@ impl Tlb {
         for entry in self.arrays.iter_mut().flatten() {
             entry.w = INVALID;
         }
+    }
+}
+
+/// A filter of 2 MiB regions, hashed: what INVLPG forgets at once. Most of what it is used for is
+/// data, which the jump caches know nothing of.
+#[derive(Default)]
+pub(crate) struct Regions([u64; 16]);
+
+impl Regions {
+    fn bit(linear: u64) -> (usize, u64) {
+        let hash = (linear >> 21).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54;
+        (hash as usize >> 6, 1 << (hash & 63))
+    }
+
+    /// Notes that a jump cache leads there.
+    #[inline]
+    pub fn note(&mut self, linear: u64) {
+        let (word, bit) = Self::bit(linear);
+        self.0[word] |= bit;
+    }
+
+    /// Whether one may; then all are forgotten, as the caller lets the caches forget everything.
+    fn take(&mut self, linear: u64) -> bool {
+        let (word, bit) = Self::bit(linear);
+        let noted = self.0[word] & bit != 0;
+        if noted {
+            self.0 = [0; 16];
+        }
+        noted
     }
 }
 
@@ -259,7 +291,9 @@ impl Cpu {
                 }
             }
         }
-        self.new_exec_epoch();
+        if self.tlb.code_regions.take(linear) {
+            self.new_exec_epoch();
+        }
     }
 
     /// Installs a translation. `writable` and `executable` as far as they may be cached now.

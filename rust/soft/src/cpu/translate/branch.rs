@@ -4,7 +4,7 @@
 //! is found for it; its exit says how to take it back. CALL checks before it pushes.
 
 use super::asm::{cc, cell, group, Rm};
-use super::emit::{Emitter, Step};
+use super::emit::{Emitter, Flags, Step};
 use super::layout::{field, host::*, GUEST_RSP};
 use super::shape::home;
 
@@ -16,8 +16,10 @@ impl Emitter<'_> {
 
     pub(super) fn jcc(&mut self, step: &Step) {
         let condition = step.plan.shape.opcode().last().map_or(0, |byte| byte & 15);
-        self.retire();
-        self.flags_to_host();
+        let condition = self.test_saved(condition).unwrap_or_else(|| {
+            self.flags_to_host();
+            condition
+        });
         let before = self.flags;
         let taken = self.go_if(condition, Self::target(step));
         self.go(step.next as i64);
@@ -28,8 +30,29 @@ impl Emitter<'_> {
         }
     }
 
+    /// Where the flags are in the `Cpu` and the condition is about bits next to each other, tests
+    /// them there: gives the condition to branch by.
+    fn test_saved(&mut self, condition: u8) -> Option<u8> {
+        // CF, ZF, CF or ZF, SF, PF, as LAHF has them; OF is the image's other byte.
+        let (byte, mask) = match condition >> 1 {
+            0 => (0, 0x01),
+            1 => (1, 0x01),
+            2 => (1, 0x40),
+            3 => (1, 0x41),
+            4 => (1, 0x80),
+            5 => (1, 0x04),
+            _ => return None,
+        };
+        if self.flags != Flags::Memory {
+            return None;
+        }
+        self.asm.modrm(&[], false, true, &[0xf6], 0, cell(field::FLAGS + byte));
+        self.asm.bytes(&[mask]);
+        // Set bits mean that the even condition holds.
+        Some(if condition & 1 == 0 { cc::NE } else { cc::E })
+    }
+
     pub(super) fn jmp(&mut self, step: &Step) {
-        self.retire();
         self.go(Self::target(step));
     }
 
@@ -46,7 +69,6 @@ impl Emitter<'_> {
 
     /// To R11.
     fn go_indirect(&mut self, popped: u32) {
-        self.retire();
         let exit = self.indirect_exit(popped);
         self.asm.store_imm(4, cell(field::EXIT), exit);
         self.asm.jump_to(self.stubs.indirect);
@@ -68,7 +90,6 @@ impl Emitter<'_> {
     pub(super) fn call(&mut self, step: &Step) {
         self.check(GUEST_RSP, -8, 8, true);
         self.push_return(step);
-        self.retire();
         self.go(Self::target(step));
     }
 

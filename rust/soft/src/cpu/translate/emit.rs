@@ -15,6 +15,7 @@ use super::shape::{home, Operand, Role};
 use super::stubs::Stubs;
 use crate::cpu::op::{Op, ADDR16, ADDR32};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, Register};
+use std::sync::atomic::AtomicU64;
 
 /// What is to be translated.
 pub struct Source<'a> {
@@ -28,6 +29,8 @@ pub struct Source<'a> {
     pub page: usize,
     /// Whether its direct successors may be linked.
     pub linkable: bool,
+    /// Word and generation of its second page, when it straddles two.
+    pub second: Option<(*const AtomicU64, u32)>,
 }
 
 /// A translated block, to be put where it was made for.
@@ -142,13 +145,16 @@ pub fn translate(
         first_exit,
     };
     // Where flags are set before anything could see the old ones, both entries are one.
+    let straddles = e.source.second.is_some();
     let first = steps.iter().find(|s| s.plan.clobbers_flags() || s.plan.needs_flags || s.plan.sets_flags);
-    if first.is_some_and(|s| !s.plan.clobbers_flags() && !s.plan.needs_flags) {
+    if !straddles && first.is_some_and(|s| !s.plan.clobbers_flags() && !s.plan.needs_flags) {
         e.flags = Flags::Host;
     } else {
         e.asm.save_flags(field::FLAGS);
     }
     let entry = e.asm.code.len();
+    e.check_second_page();
+    e.retire();
     for (index, step) in steps.iter().enumerate() {
         e.index = index;
         e.miss = None;
@@ -164,6 +170,15 @@ pub fn translate(
     e.out_of_line();
     e.asm.finish();
     Some(Piece { code: e.asm.code, host_entry: 0, entry, exits: e.exits })
+}
+
+/// Goes to page offset `target` by the jump table.
+pub fn bridge(stubs: &Stubs, origin: usize, target: u16, flags_in_host: bool) -> Vec<u8> {
+    let mut asm = Asm::new(origin);
+    asm.load(R11, cell(field::PAGE));
+    asm.lea(true, R11, Some(R11), None, target as i32);
+    asm.jump_to(if flags_in_host { stubs.direct_host } else { stubs.direct });
+    asm.code
 }
 
 /// The classes that emit their own exits.
@@ -201,6 +216,19 @@ impl Emitter<'_> {
         if step.plan.sets_flags && !matches!(step.plan.class, Class::Handler | Class::Divide(_)) {
             self.flags = Flags::Host;
         }
+    }
+
+    /// A straddling block looks at its second page's generation itself; flags are in the `Cpu`.
+    fn check_second_page(&mut self) {
+        let Some((word, generation)) = self.source.second else { return };
+        let stands = self.asm.label();
+        self.asm.load_imm64(RCX, word as usize as u64);
+        self.asm.modrm(&[], false, false, &[0x81], group::CMP, Rm::Mem(RCX, 4));
+        self.asm.bytes(&generation.to_le_bytes());
+        self.asm.jump_if(cc::E, stands);
+        self.address_in_code(R11, self.source.offset as i64);
+        self.asm.jump_to(self.stubs.next);
+        self.asm.place(stands);
     }
 
     // ---- flags ---------------------------------------------------------------------------
@@ -246,7 +274,8 @@ impl Emitter<'_> {
     fn call_out(&mut self, index: usize, stub: usize) {
         let op: *const Op = &self.source.ops[index];
         self.asm.load_imm64(RCX, op as usize as u64);
-        self.asm.load_imm(RAX, (self.source.offset | index << 16) as u32);
+        let count = self.source.ops.len();
+        self.asm.load_imm(RAX, (self.source.offset | index << 16 | count << 24) as u32);
         self.asm.call_to(stub);
     }
 
@@ -281,19 +310,14 @@ impl Emitter<'_> {
         }
     }
 
-    /// Counts the block's instructions. Destroys RCX, and RFLAGS unless the guest's flags are there.
-    pub(super) fn retire(&mut self) {
+    /// Counts the block's instructions, when the flags do not matter: at its start. Whatever leaves
+    /// it early takes the rest back.
+    fn retire(&mut self) {
         let count = self.source.ops.len() as i32;
-        if self.flags == Flags::Memory {
-            return self.asm.alu_imm(true, group::ADD, cell(field::RETIRED), count);
-        }
-        self.asm.load(RCX, cell(field::RETIRED));
-        self.asm.lea(true, RCX, Some(RCX), None, count);
-        self.asm.store(cell(field::RETIRED), RCX);
+        self.asm.alu_imm(true, group::ADD, cell(field::RETIRED), count);
     }
 
     fn fall_through(&mut self, next: usize) {
-        self.retire();
         if self.source.linkable {
             return self.go(next as i64);
         }

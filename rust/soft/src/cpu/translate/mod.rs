@@ -34,6 +34,7 @@ use crate::host::execmem::CodeWriter;
 use iced_x86::InstructionInfoFactory;
 use link::{Exit, Jump, JUMPS};
 use std::any::Any;
+use std::collections::HashMap;
 use stubs::Stubs;
 
 /// Bytes of code before everything is dropped, per vCPU.
@@ -62,6 +63,38 @@ pub struct Stats {
     pub flushes: u64,
 }
 
+/// What `OSTLER_DEBUG_ENGINE` asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Dumps {
+    /// `blocks`: every translation.
+    Blocks,
+    /// `stats`: at the end, what was done.
+    Stats,
+}
+
+fn dumps() -> Option<Dumps> {
+    match std::env::var("OSTLER_DEBUG_ENGINE").ok()?.as_str() {
+        "blocks" => Some(Dumps::Blocks),
+        "stats" => Some(Dumps::Stats),
+        _ => None,
+    }
+}
+
+impl Drop for Translator {
+    fn drop(&mut self) {
+        if self.dumps != Some(Dumps::Stats) {
+            return;
+        }
+        eprintln!("{:#?}, {} of {} bytes used", self.stats, self.writer.used(), REGION_BYTES);
+        let mut calls: Vec<_> = self.handlers.iter().map(|(&handler, &count)| (count, handler)).collect();
+        calls.sort_unstable_by(|a, b| b.cmp(a));
+        let here = stubs::build as *const () as usize;
+        for (count, handler) in calls.iter().take(60) {
+            eprintln!("{count:>12} calls of the handler at {:#x} from build()", handler.wrapping_sub(here) as isize);
+        }
+    }
+}
+
 /// Translated code of one vCPU.
 pub struct Translator {
     writer: CodeWriter,
@@ -74,8 +107,10 @@ pub struct Translator {
     hot: u32,
     /// What a handler panicked with.
     panic: Option<Box<dyn Any + Send>>,
-    /// Every translation is printed on standard error.
-    dumps: bool,
+    /// How often each handler was called, where that is asked for.
+    handlers: HashMap<usize, u64>,
+    /// What is printed on standard error.
+    dumps: Option<Dumps>,
     /// There was no room for a piece.
     full: bool,
     /// What it did.
@@ -115,7 +150,8 @@ impl Translator {
             clears: 0,
             hot,
             panic: None,
-            dumps: std::env::var_os("OSTLER_DEBUG_ENGINE").is_some_and(|what| what == "blocks"),
+            dumps: dumps(),
+            handlers: HashMap::new(),
             full: false,
             stats: Stats::default(),
         }))
@@ -147,11 +183,13 @@ impl Translator {
     fn translate(&mut self, block: &mut Block, bytes: &[u8], offset: usize) -> bool {
         // SAFETY: a block has `count` operations.
         let ops = unsafe { std::slice::from_raw_parts(block.ops, block.count as usize) };
-        let source = emit::Source { bytes, ops, offset, page: block.host as usize & !0xfff, linkable: block.linkable };
+        let second = block.second.map(|(_, word, generation)| (word, generation));
+        let page = block.host as usize & !0xfff;
+        let source = emit::Source { bytes, ops, offset, page, linkable: block.joins, second };
         let origin = self.writer.position();
         let piece = emit::translate(source, &self.stubs, origin, self.exits.len(), &mut self.factory);
         let Some(piece) = piece else { return false };
-        if self.dumps {
+        if self.dumps == Some(Dumps::Blocks) {
             eprintln!("block at page offset {offset:#x}\n{}becomes", dump::listing(bytes, offset as u64));
             eprintln!("{}", dump::listing(&piece.code, origin as u64));
         }
@@ -170,14 +208,31 @@ impl Translator {
     }
 
     /// Makes exit `exit` lead to `code`.
-    fn link(&mut self, exit: u32, code: &Translation, host: *const u8) {
-        if let Some(Exit::Link { at, flags_in_host, page, .. }) = self.exits.get(exit as usize) {
-            if *page != host as usize & !0xfff {
-                return;
-            }
-            let target = if *flags_in_host { code.host_entry } else { code.memory_entry };
-            self.writer.patch(*at as usize, target as i32 - (*at as i32 + 4));
-            self.stats.linked += 1;
+    fn link(&mut self, exit: u32, code: &Translation, block: &Block) {
+        let Some(Exit::Link { at, target, page, flags_in_host }) = self.exits.get(exit as usize).copied() else {
+            return;
+        };
+        if page != block.host as usize & !0xfff {
+            return;
         }
+        let entry = match (block.straddles(), flags_in_host) {
+            (true, _) => match self.bridge(target, flags_in_host) {
+                Some(bridge) => bridge,
+                None => return,
+            },
+            (_, true) => code.host_entry,
+            (_, false) => code.memory_entry,
+        };
+        self.writer.patch(at as usize, entry as i32 - (at as i32 + 4));
+        self.stats.linked += 1;
+    }
+
+    /// A way to page offset `target` by the jump table: what follows a straddling block's first page
+    /// is not the same wherever that page is mapped.
+    fn bridge(&mut self, target: u16, flags_in_host: bool) -> Option<u32> {
+        let origin = self.writer.position();
+        let code = emit::bridge(&self.stubs, origin, target, flags_in_host);
+        self.writer.push(&code)?;
+        Some(origin as u32)
     }
 }

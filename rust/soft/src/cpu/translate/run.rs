@@ -21,6 +21,13 @@ const STOPS: [Stop; 6] = [Stop::Branch, Stop::Fault, Stop::Exit, Stop::ExitAfter
 /// # Safety
 /// `cpu` and `op` are the ones translated code was made for, its registers are in `cpu`.
 pub(super) unsafe extern "sysv64" fn call_out(cpu: *mut Cpu, op: *const Op) -> u32 {
+    // SAFETY: the caller's promise.
+    if let Some(translator) = unsafe { &mut (*cpu).translator } {
+        if translator.dumps.is_some() {
+            // SAFETY: as above.
+            *translator.handlers.entry(unsafe { (*op).f } as usize).or_default() += 1;
+        }
+    }
     // A panic must not unwind through translated code, which has no tables for it.
     // SAFETY: the caller's promise.
     match catch_unwind(AssertUnwindSafe(|| unsafe { ((*op).f)(&mut *cpu, &*op) })) {
@@ -120,15 +127,18 @@ impl Cpu {
             return Some(block.code);
         }
         block.code.runs = block.code.runs.saturating_add(1);
-        let fits = self.code_size == CodeSize::B64 && !block.straddles();
-        if block.code.runs < self.translator.as_ref()?.hot || !fits {
+        if block.code.runs < self.translator.as_ref()?.hot || self.code_size != CodeSize::B64 {
             return None;
         }
         let mut bytes = [0u8; MAX_BYTES];
         let bytes = &mut bytes[..block.bytes as usize];
-        // They are those it was decoded from if its page's generation still stands afterwards.
-        copy(block.host, bytes);
-        if !block.valid() {
+        // They are those it was decoded from if the generations still stand afterwards.
+        let (first, rest) = bytes.split_at_mut(bytes.len().min(0x1000 - (self.rip as usize & 0xfff)));
+        copy(block.host, first);
+        if let Some((host, ..)) = block.second {
+            copy(host, rest);
+        }
+        if !block.valid() || !block.second_valid() {
             return None;
         }
         let offset = self.rip as usize & 0xfff;
@@ -147,10 +157,13 @@ impl Cpu {
     fn arrive(&mut self, from: Option<u32>, code: &Translation, block: *const Block) {
         let linear = self.rip;
         let context = self.native.context;
+        self.tlb.code_regions.note(linear);
+        // It may go on in the next page.
+        self.tlb.code_regions.note(linear.wrapping_add(0xfff));
         let Some(translator) = &mut self.translator else { return };
         match from {
             // SAFETY: as in run_translated().
-            Some(exit) => translator.link(exit, code, unsafe { (*block).host }),
+            Some(exit) => translator.link(exit, code, unsafe { &*block }),
             None => {
                 // SAFETY: as in run_translated().
                 let (word, generation) = unsafe { (*block).stamp() };
@@ -206,8 +219,9 @@ impl Cpu {
         if let Some(panic) = self.translator.as_mut().and_then(|t| t.panic.take()) {
             resume_unwind(panic);
         }
-        let index = (self.native_out.at >> 16) as u64;
-        self.retired += index;
+        // The block was counted whole when it was entered.
+        let (index, count) = (self.native_out.at >> 16 & 0xff, self.native_out.at >> 24);
+        self.retired -= (count - index) as u64;
         let stop = STOPS[(self.native_out.stop as usize - 1) % STOPS.len()];
         // SAFETY: the operation belongs to a block of the cache.
         let op = unsafe { &*(self.native_out.op as *const Op) };
