@@ -238,6 +238,8 @@ class Passt:
             self._report(f"{report}; the network is down: {error}")
             with self._host.lock:
                 self.on_down()
+                # Whoever waited to send may go on: it is thrown away now.
+                self._writable()
             return
         self._lost = False
         self._report(f"{report}; started again, open connections are lost")

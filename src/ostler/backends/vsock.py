@@ -129,11 +129,13 @@ class VsockSockets:
         self._device: Opener | None = None
         self._greetings: set[_Greeting] = set()
         self._streams: set[SocketStream] = set()
+        self._listening = False
         self._listener = _listen(path)
 
     def attach(self, device: Opener) -> None:
         """Serve clients from now on. Loop thread, or before the loop runs."""
         self._device = device
+        self._listening = True
         self._host.loop.add_reader(self._listener.fileno(), self._accept)
 
     # -- asked by the device ----------------------------------------------------------------
@@ -157,8 +159,12 @@ class VsockSockets:
     def _accept(self) -> None:
         try:
             client, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
         except OSError:
-            # Gone again, or no descriptors left: the ones in use come back, and the client waits or gives up.
+            # No descriptors left: clients wait until one comes back, instead of the loop asking without end.
+            self._host.loop.remove_reader(self._listener.fileno())
+            self._listening = False
             return
         if len(self._greetings) >= MAX_GREETINGS:
             client.close()
@@ -176,9 +182,15 @@ class VsockSockets:
                 stream.dispose()
 
     def _stream(self, sock: socket.socket) -> SocketStream:
-        stream = SocketStream(sock, self._host, self._streams.discard)
+        stream = SocketStream(sock, self._host, self._ended)
         self._streams.add(stream)
         return stream
+
+    def _ended(self, stream: SocketStream) -> None:
+        self._streams.discard(stream)
+        if not self._listening and self._device is not None and self._listener.fileno() >= 0:
+            self._listening = True
+            self._host.loop.add_reader(self._listener.fileno(), self._accept)
 
     # -- end --------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ostler.backends.vsock import SocketStream, VsockSockets, parse_greeting
+from ostler.devices.virtio.vsock import FIRST_HOST_PORT
 from ostler.devices.virtio.vsock_packet import OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN
 from ostler.errors import HostError
 from tests.unit.backends.conftest import TIMEOUT_S, RunningLoop
@@ -106,6 +108,30 @@ def test_greeting_in_pieces_is_understood(sockets: VsockSockets, guest: SocketGu
         for byte in b"CONNECT 7\n":
             sock.send(bytes([byte]))
         assert guest.next_packets(1)[0][0] == OP_REQUEST
+
+
+def test_clients_wait_while_there_are_no_descriptors(
+    sockets: VsockSockets, guest: SocketGuest, running: RunningLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Exhausted:
+        """The listener of a process without descriptors."""
+
+        def __init__(self, listener: socket.socket) -> None:
+            self.fileno = listener.fileno
+
+        def accept(self) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    with client(sockets.path, b"CONNECT 7\n") as first:
+        guest.next_packets(1)
+        with monkeypatch.context() as patched:
+            patched.setattr(sockets, "_listener", Exhausted(sockets._listener))
+            running.call(sockets._accept)
+        assert not sockets._listening
+        second = client(sockets.path, b"CONNECT 8\n")
+        first.close()
+        with second:
+            assert guest.next_packets(2) == [(OP_RST, FIRST_HOST_PORT, b""), (OP_REQUEST, FIRST_HOST_PORT + 1, b"")]
 
 
 def test_guest_reaches_a_listener_beside_the_socket(
