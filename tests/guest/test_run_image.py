@@ -175,10 +175,10 @@ def test_paused_guest_uses_no_processor_and_goes_on(vm: ostler.VM) -> None:
 
 
 def test_events_are_seen_as_they_happen(vm: ostler.VM) -> None:
-    events = vm.events(timeout_s=WAIT_S)
-    vm.pause()
-    vm.resume()
-    assert [next(events)["event"] for _ in range(2)] == ["paused", "resumed"]
+    with vm.events(timeout_s=WAIT_S) as events:
+        vm.pause()
+        vm.resume()
+        assert [next(events)["event"] for _ in range(2)] == ["paused", "resumed"]
 
 
 def test_console_is_read_and_expected(vm: ostler.VM) -> None:

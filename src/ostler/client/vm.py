@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 from ostler.client import guests, running
 from ostler.client import plan as plans
 from ostler.client.console import GuestConsole
+from ostler.client.events import Events
 from ostler.config import parse_request, parse_size
 from ostler.config.request import read_request
 from ostler.control.connection import Connection
@@ -219,18 +220,12 @@ class VM:
         with Connection.to(self._running().entry) as connection:
             return GuestConsole(connection.console(backlog_bytes=backlog_bytes))
 
-    def events(self, *, timeout_s: float | None = None) -> Iterator[dict[str, Any]]:
+    def events(self, *, timeout_s: float | None = None) -> Events:
         """What happens to the guest from now on, to its end: `paused`, `resumed`, `device`, `ended`, …
 
-        Raises TimeoutError when nothing happens for so long.
+        An iterator and a context manager; next() raises TimeoutError when nothing happens for so long.
         """
-        connection = Connection.to(self._running().entry)
-        try:
-            found = connection.events(timeout_s=timeout_s)
-        except BaseException:
-            connection.close()
-            raise
-        return _closing(connection, found)
+        return Events(self._running().entry, timeout_s=timeout_s)
 
     # ---------------------------------------------------------------------------------------
 
@@ -246,11 +241,6 @@ class VM:
             return ask(guest.agent)
         except AgentError as error:
             raise guest.explain(error) from error
-
-
-def _closing(connection: Connection, events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    with connection:
-        yield from events
 
 
 class AsyncVM:
@@ -314,9 +304,9 @@ class AsyncVM:
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """As `VM.events`."""
-        events = self.vm.events()
-        while (event := await _in_thread(next, events, None)) is not None:
-            yield event
+        with self.vm.events() as events:
+            while (event := await _in_thread(next, events, None)) is not None:
+                yield event
 
     async def __aenter__(self) -> Self:
         return await self.start()

@@ -117,12 +117,14 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
             process.loop.add_reader(leash, process.quit)
         # Nobody is told that the guest is ready before the loop can answer.
         process.loop.call_soon(lambda: _announce_start(readiness, service))
-        return _to_the_end(process, service)
+        return _to_the_end(process, service, readiness)
 
 
-def _to_the_end(process: GuestProcess, service: GuestService) -> Message:
+def _to_the_end(process: GuestProcess, service: GuestService, readiness: Readiness) -> Message:
     try:
         ended = process.run()
+        # A guest of a few instructions is over before the loop has made its first call.
+        readiness.say({"ready": True})
         process.judge(ended)
         end = {**describe(ended, killed=service.killed), **service.verdict}
     except OstlerError as error:
