@@ -22,6 +22,7 @@ dd if=/dev/zero of=/mnt/zeroes bs=1M count=8 conv=fsync 2>/dev/null
 echo "zeroes: $(md5sum </mnt/zeroes)"
 echo from the guest >/mnt/answer
 umount /mnt
+mount -t ext4 /dev/vdc /mnt && echo "third: $(cat /mnt/hello)" && echo from the guest >/mnt/answer && umount /mnt
 echo x >/dev/vdb 2>/dev/null || echo "vdb: read-only"
 echo "entropy: $(head -c 32 /dev/hwrng | wc -c)"
 grep -c 'PCI-MSI.*virtio' /proc/interrupts
@@ -41,7 +42,10 @@ def modules(kernel: kernels.Kernel, *wanted: str) -> dict[str, bytes]:
     return {**files, "modules/order": "\n".join(Path(path).name for path in order).encode()}
 
 
-@pytest.mark.skipif(not shutil.which("mke2fs"), reason="needs mke2fs")
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("mke2fs", "qemu-img", "qemu-storage-daemon"))),
+    reason="needs mke2fs, qemu-img, qemu-storage-daemon",
+)
 def test_stock_drivers_use_disk_and_entropy_device(boot: Boot, tmp_path: Path) -> None:
     kernel = kernels.fetch("debian-12-cloud")
     loaded = modules(kernel, "virtio_pci", "virtio_blk", "virtio_rng")
@@ -51,19 +55,26 @@ def test_stock_drivers_use_disk_and_entropy_device(boot: Boot, tmp_path: Path) -
     (tree / "hello").write_text("hello from the host\n")
     subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "64M"], check=True)
     other.write_bytes(bytes(1 << 20))
+    third = tmp_path / "third.qcow2"
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, third], check=True)
 
     run = boot(
         "--kernel", str(kernel.image), "--initrd", str(ramdisk), "--append", "console=ttyS0 loglevel=8",
-        "--disk", f"{disk},serial=first", "--disk", f"{other},ro",
+        "--disk", f"{disk},serial=first", "--disk", f"{other},ro", "--disk", str(third),
     )  # fmt: skip
 
     assert run.status == 0, run.log + run.console[-3000:]
     assert run.complaints == []
-    for expected in ("serial: first", "hello from the host", "vdb: read-only", "entropy: 32"):
+    for expected in ("serial: first", "hello from the host", "vdb: read-only", "entropy: 32", "third: hello"):
         assert expected in run.console, run.console[-3000:]
     assert "zeroes: 96995b58d4cbf6aaa9041b4f00c7f6ae" in run.console
     assert "FAILED" not in run.console
     assert "Fatal: No config space access function" not in run.console
     answer = subprocess.run(["debugfs", "-R", "cat answer", disk], capture_output=True, check=True)
     assert answer.stdout == b"from the guest\n"
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", third, tmp_path / "third.img"], check=True)
+    third_answer = subprocess.run(
+        ["debugfs", "-R", "cat answer", tmp_path / "third.img"], capture_output=True, check=True
+    )
+    assert third_answer.stdout == b"from the guest\n"
     assert subprocess.run(["e2fsck", "-fn", disk], capture_output=True, check=False).returncode == 0

@@ -74,6 +74,21 @@ def test_write_announces_range_to_hooks() -> None:
     assert seen == [(0x10, 3), (0x20, 4)]
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_discard_frees_pages_on_both_sides_of_the_hole_and_announces_them(*, shared: bool) -> None:
+    seen: list[tuple[int, int]] = []
+    regions = [Region(Gpa(0), MIB, 0), Region(HIGH_RAM_START, MIB, MIB)]
+    with GuestMemory(regions, shared=shared) as memory:
+        for start in (0x1000, 0x2000, HIGH_RAM_START):
+            memory.write(start, b"x" * PAGE_SIZE)
+        memory.on_write(lambda gpa, size: seen.append((gpa, size)))
+        assert memory.discard(0x2000, HIGH_RAM_START) == MIB - 0x2000 + 0x2000
+        assert memory.discard(2 * MIB, PAGE_SIZE) == 0
+        kept, *gone = (memory.read(start, 1) for start in (0x1000, 0x2000, HIGH_RAM_START))
+    assert (kept, gone) == (b"x", [b"\0", b"\0"])
+    assert seen == [(0x2000, MIB - 0x2000), (HIGH_RAM_START, 0x2000)]
+
+
 def test_register_gives_every_region_as_slot() -> None:
     slots = Slots()
     regions = [Region(Gpa(0), MIB, 0), Region(HIGH_RAM_START, MIB, MIB)]
