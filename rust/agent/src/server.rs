@@ -13,7 +13,9 @@ use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{accept4, bind, listen, socket, AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
+use nix::sys::socket::{
+    accept4, bind, getpeername, listen, socket, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, VsockAddr,
+};
 use nix::unistd::{fork, ForkResult};
 
 use crate::button;
@@ -167,6 +169,9 @@ impl Server {
         let Ok(fd) = accept4(self.listeners[index].as_raw_fd(), SockFlag::SOCK_CLOEXEC) else { return };
         // SAFETY: accept gave this descriptor to nobody else.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        if !is_from_host(&fd) {
+            return;
+        }
         let Ok(mut conn) = Conn::new(fd) else { return };
         if self.connections.len() >= CONNECTIONS {
             conn.queue(Kind::Error, 0, b"{\"code\":\"busy\",\"message\":\"agent: too many connections\"}");
@@ -204,6 +209,15 @@ impl Server {
                 None
             }
         }
+    }
+}
+
+/// Whether a connection may give orders. By the kernel's loopback any process of the guest can reach the agent, too, and
+/// guests of a guest can; only the host may. Who can open a UNIX socket is its file system's matter.
+fn is_from_host(fd: &OwnedFd) -> bool {
+    match getpeername::<SockaddrStorage>(fd.as_raw_fd()) {
+        Ok(address) => address.as_vsock_addr().is_none_or(|vsock| vsock.cid() == libc::VMADDR_CID_HOST),
+        Err(_) => false,
     }
 }
 
