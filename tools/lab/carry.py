@@ -138,7 +138,7 @@ def guest_spec(kernel: Path, image: Path, cpu: str, cpus: int) -> GuestSpec:
 def save(arguments: argparse.Namespace) -> int:
     """Boot, save at random instants of the workload, each into a file of its own."""
     chosen = random.Random(arguments.seed)
-    ticks = sorted(chosen.randint(1, LAST_STOP) for _ in range(arguments.count))
+    ticks = sorted(chosen.sample(range(1, LAST_STOP + 1), arguments.count))
     stops = [(b"tick %d\r" % tick, chosen.uniform(0, LONGEST_DELAY_S)) for tick in ticks]
     spec = guest_spec(arguments.kernel, arguments.initrd, reduced_model(arguments.without), arguments.cpus)
     opened = accel.open(arguments.accel)
