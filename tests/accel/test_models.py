@@ -81,6 +81,17 @@ def test_model_changes_follow_its_name() -> None:
     assert changed.name == "ostler-v2.1,+pku,-x2apic,-taa_no,vendor=amd"
 
 
+@pytest.mark.parametrize(
+    ("change", "gone"),
+    [("-xsave", {"xsave", "xsaveopt", "xsavec", "xgetbv1", "xsaves"}), ("-xsavec", {"xsavec", "xsaves"})],
+)
+def test_model_without_a_feature_lacks_those_that_need_it(change: str, gone: set[str]) -> None:
+    changed = model(f"ostler-v2.1,{change}")
+
+    assert model().features - changed.features == gone
+    assert feature_names(changed.cpuid(0, 1, 1_000_000)) == changed.features
+
+
 @pytest.mark.parametrize("change", ["+unheard", "pku", "", "vendor=via", "-"])
 def test_model_change_that_is_none_is_refused(change: str) -> None:
     with pytest.raises(BadRequest, match=r"expected \+FEATURE or -FEATURE"):

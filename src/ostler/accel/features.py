@@ -4,6 +4,7 @@ Names are those of Linux's /proc/cpuinfo where it has one. Only bits some CPU mo
 that a host must be asked for, are listed.
 """
 
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 
@@ -96,6 +97,18 @@ FEATURES: dict[str, Feature] = {
     **_row(0x8000_0001, 0, "edx", {11: "syscall", 20: "nx", 26: "pdpe1gb", 27: "rdtscp", 29: "lm"}),
     **_row(0x8000_0007, 0, "edx", {8: "nonstop_tsc"}),
 }
+
+# What makes no sense without another: the leaf or the instruction it belongs to is not there.
+_NEEDS: dict[str, str] = {"xsaveopt": "xsave", "xsavec": "xsave", "xgetbv1": "xsave", "xsaves": "xsavec"}
+
+
+def without(features: frozenset[str], lost: AbstractSet[str]) -> frozenset[str]:
+    """The features that are left when some are lost, and those with them that need them."""
+    left = features - lost
+    while dangling := {name for name in left if name in _NEEDS and _NEEDS[name] not in left}:
+        left -= dangling
+    return left
+
 
 # IA32_ARCH_CAPABILITIES (SDM volume 4): what the processor is immune to, and how it restricts prediction.
 ARCH_CAPABILITIES: dict[str, int] = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ostler.abi.kvm.caps import Cap
 from ostler.abi.kvm.state import CpuidEntry2
 from ostler.accel.api import VCPU, Accel
-from ostler.accel.features import ARCH_CAPABILITIES, FEATURES, MSR_ARCH_CAPABILITIES
+from ostler.accel.features import ARCH_CAPABILITIES, FEATURES, MSR_ARCH_CAPABILITIES, without
 from ostler.accel.models import CpuModel
 from ostler.errors import BadRequest
 
@@ -43,7 +43,7 @@ def fit(model: CpuModel, accel: Accel, policy: Policy) -> tuple[CpuModel, list[s
         raise BadRequest(f"CPU model {model.name}: {accel.name} on this host lacks {', '.join(missing)}")
     fitted = replace(
         model,
-        features=model.features - set(missing),
+        features=without(model.features, set(missing)),
         immunities=model.immunities - set(missing),
     )
     return fitted, missing

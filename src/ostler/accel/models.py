@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 
 from ostler.abi.kvm.state import CpuidEntry2
 from ostler.accel import leaves
-from ostler.accel.features import ARCH_CAPABILITIES, FEATURES, MSR_ARCH_CAPABILITIES
+from ostler.accel.features import ARCH_CAPABILITIES, FEATURES, MSR_ARCH_CAPABILITIES, without
 from ostler.errors import BadRequest
 
 MSR_UCODE_REV = 0x8B
@@ -116,7 +116,7 @@ def _changed(chosen: CpuModel, change: str) -> CpuModel:
         immune = chosen.immunities | {feature} if sign == "+" else chosen.immunities - {feature}
         return replace(chosen, immunities=immune)
     if sign in ("+", "-") and feature in FEATURES:
-        changed = chosen.features | {feature} if sign == "+" else chosen.features - {feature}
+        changed = chosen.features | {feature} if sign == "+" else without(chosen.features, {feature})
         return replace(chosen, features=changed)
     key, _, vendor = change.partition("=")
     if key == "vendor" and vendor in leaves.VENDORS:
