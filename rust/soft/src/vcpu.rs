@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex};
 
 pub(crate) use crate::runpage::RUN_PAGE_BYTES;
 
-/// The environment variable that gives a vCPU the translator when it says `translate`.
+/// The environment variable that keeps a vCPU to the interpreter when it says `interp`.
 const ENGINE: &str = "OSTLER_ENGINE";
 
 /// What only one thread at a time may hold.
@@ -55,7 +55,7 @@ impl Vcpu {
         let id = local.peer.id;
         let board = Box::new(VcpuBoard(local.clone()));
         let mut cpu = Cpu::new(id, local.machine.slots(), local.peer.shared.clone(), board);
-        if std::env::var_os(ENGINE).is_some_and(|engine| engine == "translate") {
+        if std::env::var_os(ENGINE).is_none_or(|engine| engine != "interp") {
             // Without memory for code the interpreter does it all.
             cpu.use_translator(HOT);
         }
