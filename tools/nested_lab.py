@@ -70,7 +70,7 @@ def prepare(share: Path, arguments: argparse.Namespace) -> None:
         copy_qemu(share / "qemu")
     settings = {
         "TESTS": "" if arguments.no_tests else "1", "TURNS": arguments.turns, "CARRIES": arguments.carries,
-        "KERNELS": " ".join(INNER_KERNELS), "WITHOUT": WITHOUT, "PEER": "1" if arguments.peer else "",
+        "AT_ONCE": arguments.at_once, "KERNELS": " ".join(INNER_KERNELS), "WITHOUT": WITHOUT, "PEER": "1" if arguments.peer else "",
     }  # fmt: skip
     (share / "settings").write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
 
@@ -175,6 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make test-kvm", description=__doc__.partition("\n")[0])
     parser.add_argument("--turns", type=int, default=1, help="boots of each kernel and number of vCPUs (default 1)")
     parser.add_argument("--carries", type=int, default=1, help="guests carried each way (default 1)")
+    parser.add_argument("--at-once", type=int, default=1, choices=(1, 2), help="guests at a time (default 1)")
     parser.add_argument("--no-tests", action="store_true", help="leave tests/accel out")
     parser.add_argument("--peer", action="store_true", help="also compare with QEMU under the same KVM")
     arguments = parser.parse_args()
