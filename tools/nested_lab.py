@@ -70,7 +70,8 @@ def prepare(share: Path, arguments: argparse.Namespace) -> None:
         copy_qemu(share / "qemu")
     settings = {
         "TESTS": "" if arguments.no_tests else "1", "TURNS": arguments.turns, "CARRIES": arguments.carries,
-        "AT_ONCE": arguments.at_once, "KERNELS": " ".join(INNER_KERNELS), "WITHOUT": WITHOUT, "PEER": "1" if arguments.peer else "",
+        "AT_ONCE": arguments.at_once, "KERNELS": " ".join(INNER_KERNELS), "WITHOUT": WITHOUT,
+        "PEER": "1" if arguments.peer else "",
     }  # fmt: skip
     (share / "settings").write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
 
