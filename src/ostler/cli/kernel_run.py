@@ -91,7 +91,7 @@ def run(spec: GuestSpec, phases: Phases | None = None) -> RunResult:
         stack.enter_context(terminal.raw(0))
         keys = terminal.EscapeFilter() if os.isatty(0) else None
         tap = stack.enter_context(_tap()) if phases else None
-        result = vmm.run(spec, console_in=_standard_input(), console_out=tap.fd if tap else 1, keys=keys)
+        result = vmm.run(spec, console_in=terminal.standard_input(), console_out=tap.fd if tap else 1, keys=keys)
         ended = time.monotonic()
     if phases and tap:
         phases.guest(ended=ended, run_s=result.timings_s["run"], marks=tap.marks)
@@ -112,12 +112,3 @@ def _tap() -> Tap:
     from ostler.cli.phases import Tap
 
     return Tap(1)
-
-
-def _standard_input() -> int | None:
-    """Standard input, or None where the caller closed it."""
-    try:
-        os.fstat(0)
-    except OSError:
-        return None
-    return 0

@@ -39,22 +39,13 @@ def run(agent: AgentClient, job: Job, *, tty: bool | None = None) -> int:
             stack.enter_context(terminal.raw(0))
             stack.enter_context(_window(process))
         stack.enter_context(_signals(process))
-        status = process.relay(_standard_input(), 1, 2)
+        status = process.relay(terminal.standard_input(), 1, 2)
     return shell_status(status)
 
 
 def shell_status(returncode: int) -> int:
     """128 and the signal's number for a command that died of one."""
     return returncode if returncode >= 0 else 128 - returncode
-
-
-def _standard_input() -> int | None:
-    """Standard input, or None where the caller closed it."""
-    try:
-        os.fstat(0)
-    except OSError:
-        return None
-    return 0
 
 
 def _terminal() -> Terminal:

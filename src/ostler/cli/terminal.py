@@ -51,6 +51,15 @@ class EscapeFilter:
         return bytes(passed)
 
 
+def standard_input() -> int | None:
+    """Return standard input, or None where the caller closed it."""
+    try:
+        os.fstat(0)
+    except OSError:
+        return None
+    return 0
+
+
 def size(fd: int) -> os.terminal_size | None:
     """Return the size of the terminal `fd`, or None where it is no terminal or does not know."""
     try:
