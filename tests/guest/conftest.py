@@ -10,7 +10,8 @@ import pytest
 
 from ostler import accel
 from ostler.accel.soft import load_engine
-from ostler.errors import AccelUnavailable
+from ostler.errors import AccelUnavailable, BadRequest
+from ostler.images import initrd
 from tests.guest.harness import OSTLER, Boot, Run
 
 
@@ -34,6 +35,15 @@ def why_missing(*, kvm: bool) -> str | None:
     except AccelUnavailable as error:
         return str(error)
     return None
+
+
+@pytest.fixture(scope="session")
+def needs_an_agent() -> None:
+    """Without a Rust compiler there is none, and so no guests of images."""
+    try:
+        initrd.agent_program()
+    except BadRequest as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

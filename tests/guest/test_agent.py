@@ -20,19 +20,13 @@ from ostler.config import parse_guest
 from ostler.control.connection import Connection
 from ostler.control.launch import Launched, launch
 from ostler.control.runtime import AGENT_SOCKET
-from ostler.errors import BadRequest, CommandNotFound, CommandTimeout, GuestNotBooted, OstlerError
+from ostler.errors import CommandNotFound, CommandTimeout, GuestNotBooted, OstlerError
 from ostler.images import initrd, kernels
+
+pytestmark = pytest.mark.usefixtures("needs_an_agent")
 
 MIB = 1 << 20
 APPLETS = ("sh", "cat", "sleep", "setsid", "sha256sum", "echo", "touch", "ls", "grep", "hostname", "id", "date")
-
-
-@pytest.fixture(autouse=True)
-def agent_program() -> None:
-    try:
-        initrd.agent_program()
-    except BadRequest as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

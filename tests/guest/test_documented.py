@@ -11,20 +11,11 @@ import pytest
 
 import ostler
 from ostler.client import vm as module
-from ostler.errors import BadRequest
-from ostler.images import initrd
+
+pytestmark = pytest.mark.usefixtures("needs_an_agent")
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "python-api.md"
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def needs_an_agent() -> None:
-    """Without a Rust compiler there is none, and so no guests of images."""
-    try:
-        initrd.agent_program()
-    except BadRequest as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

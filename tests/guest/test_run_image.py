@@ -15,9 +15,10 @@ import pytest
 import ostler
 from ostler.client import guests
 from ostler.control import runtime
-from ostler.errors import BadRequest, CommandFailed, CommandNotFound, CommandTimeout, GuestGone
-from ostler.images import initrd
+from ostler.errors import CommandFailed, CommandNotFound, CommandTimeout, GuestGone
 from tests.guest.harness import OSTLER
+
+pytestmark = pytest.mark.usefixtures("needs_an_agent")
 
 Cli = Callable[..., "subprocess.CompletedProcess[bytes]"]
 WAIT_S = 200
@@ -74,15 +75,6 @@ def test_detached_guest_is_its_command_with_log_and_status(cli: Cli) -> None:
         assert cli("rm", "-f", "svc").returncode == 0
     assert lines("svc") == {}
     assert cli("exec", "svc", "true").returncode == 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def needs_an_agent() -> None:
-    """Without a Rust compiler there is none, and so no guests of images."""
-    try:
-        initrd.agent_program()
-    except BadRequest as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
