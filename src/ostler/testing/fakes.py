@@ -1,6 +1,8 @@
-"""What devices are given in tests: hand-moved clocks, recorded lines and power events."""
+"""What devices are given in tests: hand-moved clocks, recorded lines and power events, streams of bytes in memory."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from ostler.devices.wiring import IrqLine, PowerEvent
 
@@ -48,3 +50,14 @@ class RecordedPower:
 
     def __call__(self, event: PowerEvent, code: int = 0) -> None:
         self.events.append((event, code))
+
+
+def scatter(waiting: bytearray, views: Sequence[memoryview]) -> int:
+    """Move what is `waiting` into the views, as readv(2) would; return how many bytes that was."""
+    count = 0
+    for view in views:
+        piece = waiting[: len(view)]
+        view[: len(piece)] = piece
+        del waiting[: len(piece)]
+        count += len(piece)
+    return count

@@ -18,6 +18,7 @@ from ostler.devices.virtio.rng import Entropy
 from ostler.devices.virtio.vsock import VsockDevice
 from ostler.devices.virtio.vsock_connection import Stream
 from ostler.memory import GuestMemory
+from ostler.testing.fakes import scatter
 from ostler.testing.hostile import MEMORY_BYTES, Seed
 
 Victim = tuple[VirtioDevice, dict[int, list[Seed]]]
@@ -165,13 +166,7 @@ class _EchoStream:
 
     def read_into(self, views: Sequence[memoryview]) -> int:
         self._check()
-        count = 0
-        for view in views:
-            piece = self._kept[: len(view)]
-            view[: len(piece)] = piece
-            del self._kept[: len(piece)]
-            count += len(piece)
-        return count
+        return scatter(self._kept, views)
 
     def write(self, views: Sequence[memoryview]) -> int:
         self._check()
@@ -241,13 +236,7 @@ class _Peer:
         """Events come with the writes."""
 
     def read_into(self, views: Sequence[memoryview]) -> int:
-        count = 0
-        for view in views:
-            piece = self._kept[: len(view)]
-            view[: len(piece)] = piece
-            del self._kept[: len(piece)]
-            count += len(piece)
-        return count
+        return scatter(self._kept, views)
 
     def write(self, views: Sequence[memoryview]) -> int:
         self._turns += 1

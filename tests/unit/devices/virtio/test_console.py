@@ -12,6 +12,7 @@ from ostler.devices.virtio import console
 from ostler.devices.virtio.console import CONTROL, CONTROL_RX, CONTROL_TX, ConsoleDevice
 from ostler.devices.virtio.console_port import Port, PortEvents
 from ostler.errors import StateError
+from ostler.testing.fakes import scatter
 from ostler.testing.virtio import FakeDriver
 
 HVC_RX, HVC_TX, AGENT_RX, AGENT_TX = 0, 1, 4, 5
@@ -33,13 +34,7 @@ class FakePeer:
         self.reading, self.writing = read, write
 
     def read_into(self, views: Sequence[memoryview]) -> int:
-        count = 0
-        for view in views:
-            piece = self.incoming[: len(view)]
-            view[: len(piece)] = piece
-            del self.incoming[: len(piece)]
-            count += len(piece)
-        return count
+        return scatter(self.incoming, views)
 
     def write(self, views: Sequence[memoryview]) -> int:
         taken = b"".join(views)[: self.room]

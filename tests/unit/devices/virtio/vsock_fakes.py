@@ -7,6 +7,7 @@ from typing import Self
 
 from ostler.devices.virtio.vsock import EVENT, RX, TX, VsockDevice
 from ostler.devices.virtio.vsock_packet import HEADER, HEADER_BYTES, HOST_CID, TYPE_STREAM, Header
+from ostler.testing.fakes import scatter
 from ostler.testing.virtio import FakeDriver, Sent
 
 GUEST_CID = 3
@@ -44,13 +45,7 @@ class FakeStream:
 
     def read_into(self, views: Sequence[memoryview]) -> int:
         self._check()
-        count = 0
-        for view in views:
-            piece = self.incoming[: len(view)]
-            view[: len(piece)] = piece
-            del self.incoming[: len(piece)]
-            count += len(piece)
-        return count
+        return scatter(self.incoming, views)
 
     def write(self, views: Sequence[memoryview]) -> int:
         self._check()
