@@ -30,7 +30,7 @@ TIMEOUT_S = 60
 CLOCK_TO_CPU_TIME = 3
 OUT_OF_TIME = (-signal.SIGXCPU, -signal.SIGKILL)
 # QEMU's processors as Ostler's. "max" has whatever can be had.
-PROCESSORS = {"max": "ostler-v2.1,+pku,+pks", "qemu64": "ostler-v1.1", "Opteron_G1": "ostler-v1.1"}
+PROCESSORS = {"max": "ostler-v2.2,+pku,+pks", "qemu64": "ostler-v1.1", "Opteron_G1": "ostler-v1.1"}
 VENDORS = {"vendor=GenuineIntel": "vendor=intel", "vendor=AuthenticAMD": "vendor=amd"}
 FEATURES = {"tsc-deadline": "tsc_deadline_timer"}
 
@@ -88,7 +88,7 @@ def _processor(options: str) -> str:
     found = re.search(r"-cpu (\S+)", options)
     name, *changes = found[1].split(",") if found else ("",)
     if name not in PROCESSORS:
-        return "ostler-v2.1"
+        return "ostler-v2.2"
     words = [PROCESSORS[name]]
     for change in changes:
         feature = FEATURES.get(change[1:], change[1:])

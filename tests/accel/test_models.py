@@ -64,7 +64,7 @@ def test_model_leaves_show_its_features_and_no_others(name: str) -> None:
 
 
 def test_models_grow_by_level() -> None:
-    assert model("ostler-v1.1").features < model("ostler-v2.1").features
+    assert model("ostler-v1.1").features < model("ostler-v2.2").features < model("ostler-v2.1").features
 
 
 def test_model_unknown_name_lists_the_known() -> None:
@@ -73,12 +73,12 @@ def test_model_unknown_name_lists_the_known() -> None:
 
 
 def test_model_changes_follow_its_name() -> None:
-    changed = model("ostler-v2.1,+pku,-x2apic,-taa_no,vendor=amd")
+    changed = model("ostler-v2.2,+pku,-x2apic,-taa_no,vendor=amd")
 
     assert changed.immunities == model().immunities - {"taa_no"}
     assert changed.features == model().features - {"x2apic"} | {"pku"}
     assert by_leaf(changed.cpuid(0, 1, 1_000_000))[0, 0].ebx.to_bytes(4, "little") == b"Auth"
-    assert changed.name == "ostler-v2.1,+pku,-x2apic,-taa_no,vendor=amd"
+    assert changed.name == "ostler-v2.2,+pku,-x2apic,-taa_no,vendor=amd"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_model_changes_follow_its_name() -> None:
     [("-xsave", {"xsave", "xsaveopt", "xsavec", "xgetbv1", "xsaves"}), ("-xsavec", {"xsavec", "xsaves"})],
 )
 def test_model_without_a_feature_lacks_those_that_need_it(change: str, gone: set[str]) -> None:
-    changed = model(f"ostler-v2.1,{change}")
+    changed = model(f"ostler-v2.2,{change}")
 
     assert model().features - changed.features == gone
     assert feature_names(changed.cpuid(0, 1, 1_000_000)) == changed.features
@@ -95,7 +95,7 @@ def test_model_without_a_feature_lacks_those_that_need_it(change: str, gone: set
 @pytest.mark.parametrize("change", ["+unheard", "pku", "", "vendor=via", "-"])
 def test_model_change_that_is_none_is_refused(change: str) -> None:
     with pytest.raises(BadRequest, match=r"expected \+FEATURE or -FEATURE"):
-        model(f"ostler-v2.1,{change}")
+        model(f"ostler-v2.2,{change}")
 
 
 @pytest.mark.parametrize(("vcpus", "bits"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (64, 6)])
@@ -122,7 +122,7 @@ def test_every_feature_bit_is_named_once() -> None:
 def test_fit_refuses_and_names_what_is_missing() -> None:
     poor = cast(Accel, PoorAccel({"leaf7"}))
 
-    with pytest.raises(BadRequest, match=r"CPU model ostler-v2\.1: poor on this host lacks adx, .*smep"):
+    with pytest.raises(BadRequest, match=r"CPU model ostler-v2\.2: poor on this host lacks adx, .*smep"):
         fit(model(), poor, Policy.REFUSE)
 
 

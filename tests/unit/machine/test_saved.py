@@ -23,7 +23,7 @@ def a_vcpu(name: str) -> FakeVcpu:
     return vcpu
 
 
-@pytest.mark.parametrize("name", ["ostler-v2.1", "ostler-v1.1"])
+@pytest.mark.parametrize("name", ["ostler-v2.2", "ostler-v1.1"])
 def test_states_of_the_hosts_processor_are_left_out(name: str) -> None:
     xsave = Xsave()
     low, high = saved.XSTATE_BV_WORDS
