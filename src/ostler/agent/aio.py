@@ -20,7 +20,7 @@ from typing import Any, Self
 from ostler.agent import protocol, requests, tree
 from ostler.agent.client import ANSWER_S, ATTEMPT_S, ENTROPY_BYTES, FIRST_PAUSE_S, LONGEST_PAUSE_S
 from ostler.agent.link import ANSWER_BYTES, CHUNK
-from ostler.agent.process import CAPTURE_BYTES
+from ostler.agent.process import CAPTURE_BYTES, State, pid_of
 from ostler.agent.protocol import (
     STDERR,
     STDOUT,
@@ -29,7 +29,6 @@ from ostler.agent.protocol import (
     Data,
     Entry,
     Event,
-    Exited,
     Failed,
     Hello,
     Reply,
@@ -119,12 +118,10 @@ class AsyncProcess:
 
     def __init__(self, link: AsyncLink, argv: Sequence[Argument], pid: int) -> None:
         self._link = link
-        self.argv = tuple(os.fsdecode(word) for word in argv)
+        self._state = State(argv)
+        self.argv = self._state.argv
         self.pid = pid
-        self._end: Exited | None = None
         self._error: Exception | None = None
-        self._buffers: dict[int, deque[bytes]] = {STDOUT: deque(), STDERR: deque()}
-        self._finished: set[int] = set()
         self._stdin_closed = False
         self._changed = asyncio.Condition()
         self._pump = asyncio.create_task(self._receive())
@@ -132,27 +129,24 @@ class AsyncProcess:
     @property
     def returncode(self) -> int | None:
         """As in subprocess: None while it runs, negative for a signal."""
-        return None if self._end is None else requests.returncode(self._end)
+        return self._state.returncode
 
     @property
     def timed_out(self) -> bool:
         """Whether the agent killed it because its time was over."""
-        return self._end is not None and self._end.timed_out
+        return self._state.timed_out
 
     async def wait(self) -> int:
         """Wait for the end and return the status. Output that does not fit its window stalls the command: read it."""
-        await self._until(lambda: self._end is not None)
-        assert self._end is not None
-        return requests.returncode(self._end)
+        await self._until(lambda: self.returncode is not None)
+        assert self.returncode is not None
+        return self.returncode
 
     async def read(self, stream: int = STDOUT) -> bytes:
         """Return what has come on a stream, as soon as there is something; nothing at its end."""
-        buffer = self._buffers[stream]
-        await self._until(lambda: bool(buffer) or stream in self._finished)
-        if not buffer:
-            return b""
-        data = buffer.popleft()
-        if self._end is None and (frame := self._link.conversation.make_room(stream, len(data))):
+        await self._until(lambda: self._state.has_news(stream))
+        data = self._state.read(stream)
+        if data and self.returncode is None and (frame := self._link.conversation.make_room(stream, len(data))):
             await self._link.send(frame)
         return data
 
@@ -172,8 +166,8 @@ class AsyncProcess:
         """Send to standard input, waiting while the command does not take it. Raises BrokenPipeError after its end."""
         conversation, rest = self._link.conversation, memoryview(data)
         while rest:
-            await self._until(lambda: conversation.stdin_room > 0 or self._end is not None)
-            if self._end is not None:
+            await self._until(lambda: conversation.stdin_room > 0 or self.returncode is not None)
+            if self.returncode is not None:
                 raise BrokenPipeError(f"{self.argv[0]} has ended")
             size = min(len(rest), conversation.stdin_room)
             await self._link.send(conversation.stdin(bytes(rest[:size])))
@@ -181,13 +175,13 @@ class AsyncProcess:
 
     async def close_stdin(self) -> None:
         """End standard input."""
-        if not self._stdin_closed and self._end is None:
+        if not self._stdin_closed and self.returncode is None:
             self._stdin_closed = True
             await self._link.send(self._link.conversation.stdin(b""))
 
     async def send_signal(self, number: int) -> None:
         """Signal the command's process group (on a terminal: the one in the foreground)."""
-        if self._end is None:
+        if self.returncode is None:
             await self._link.send(protocol.signal(number))
 
     async def terminate(self) -> None:
@@ -200,7 +194,7 @@ class AsyncProcess:
 
     async def resize(self, rows: int, columns: int) -> None:
         """Tell the command's terminal its size."""
-        if self._end is None:
+        if self.returncode is None:
             await self._link.send(protocol.resize(rows, columns))
 
     async def communicate(self, data: bytes = b"", *, limit_bytes: int = CAPTURE_BYTES) -> tuple[bytes, bytes]:
@@ -252,24 +246,13 @@ class AsyncProcess:
 
     async def _receive(self) -> None:
         """Take events until the end; what waits in the buffers is bounded by the windows."""
-        while self._end is None and self._error is None:
+        while self.returncode is None and self._error is None:
             try:
-                self._take(await self._link.event(limited=False))
+                self._state.take(await self._link.event(limited=False))
             except AgentError as error:
                 self._error = error
             async with self._changed:
                 self._changed.notify_all()
-
-    def _take(self, event: Event) -> None:
-        if isinstance(event, Data):
-            self._buffers[event.stream].append(event.data) if event.data else self._finished.add(event.stream)
-        elif isinstance(event, Exited):
-            self._end = event
-            self._finished |= {STDOUT, STDERR}
-        elif isinstance(event, Failed):
-            raise event.error
-        elif isinstance(event, Reply):
-            raise AgentProtocolError("agent answered a command twice")
 
 
 class AsyncAgentClient:
@@ -368,9 +351,7 @@ class AsyncAgentClient:
         wish = requests.command(argv, stdin=True, env=env, cwd=cwd, user=user, tty=tty, timeout_s=timeout_s)
         connection = await self._reach()
         try:
-            pid = (await connection.call("exec", wish)).get("pid")
-            if not isinstance(pid, int):
-                raise AgentProtocolError(f"agent sent process {pid!r}: expected a number")
+            pid = pid_of(await connection.call("exec", wish))
         except BaseException:
             await connection.close()
             raise

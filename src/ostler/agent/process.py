@@ -10,12 +10,12 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Protocol, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 from ostler.agent import protocol, requests
 from ostler.agent.link import Link
-from ostler.agent.protocol import STDERR, STDOUT, Data, Exited, Failed, Reply
+from ostler.agent.protocol import STDERR, STDOUT, Data, Event, Exited, Failed, Reply
 from ostler.errors import AgentError, AgentProtocolError, AgentUnavailable
 
 MIB = 1 << 20
@@ -28,6 +28,60 @@ class Sink(Protocol):
     """Receives output as it comes."""
 
     def __call__(self, stream: int, data: bytes) -> None: ...
+
+
+class State:
+    """A command as its agent has told it: what it said and nobody has read yet, and its end. Without I/O."""
+
+    def __init__(self, argv: Sequence[requests.Argument]) -> None:
+        self.argv = tuple(os.fsdecode(word) for word in argv)
+        self.buffers: dict[int, deque[bytes]] = {STDOUT: deque(), STDERR: deque()}
+        self.finished: set[int] = set()
+        """Streams on which nothing more comes."""
+        self.end: Exited | None = None
+
+    @property
+    def returncode(self) -> int | None:
+        return None if self.end is None else requests.returncode(self.end)
+
+    @property
+    def timed_out(self) -> bool:
+        return self.end is not None and self.end.timed_out
+
+    def take(self, event: Event) -> None:
+        """Take over what the agent says. Raises the error it reports; AgentProtocolError."""
+        if isinstance(event, Data):
+            self.buffers[event.stream].append(event.data) if event.data else self.finished.add(event.stream)
+        elif isinstance(event, Exited):
+            self.end = event
+            self.finished |= {STDOUT, STDERR}
+        elif isinstance(event, Failed):
+            raise event.error
+        elif isinstance(event, Reply):
+            raise AgentProtocolError("agent answered a command twice")
+
+    def read(self, stream: int, size_bytes: int = CAPTURE_BYTES) -> bytes:
+        """Return up to `size_bytes` of what waits in a stream."""
+        buffer = self.buffers[stream]
+        if not buffer:
+            return b""
+        data = buffer.popleft()
+        if len(data) > size_bytes:
+            buffer.appendleft(data[size_bytes:])
+            data = data[:size_bytes]
+        return data
+
+    def has_news(self, stream: int) -> bool:
+        """Whether there is something to read, or nothing more to wait for."""
+        return bool(self.buffers[stream]) or stream in self.finished
+
+
+def pid_of(answer: Mapping[str, Any]) -> int:
+    """Return the process's number from the agent's answer to its start. Raises AgentProtocolError."""
+    pid = answer.get("pid")
+    if not isinstance(pid, int):
+        raise AgentProtocolError(f"agent sent process {pid!r}: expected a number")
+    return pid
 
 
 class Process:
@@ -43,34 +97,26 @@ class Process:
     ) -> None:
         self._link = link
         self._release: Callable[[Link], None] | None = release
-        self.argv = tuple(os.fsdecode(word) for word in argv)
-        self._end: Exited | None = None
-        self._buffers: dict[int, deque[bytes]] = {STDOUT: deque(), STDERR: deque()}
-        self._finished: set[int] = set()
-        self.pid = self._started(start_timeout_s)
+        self._state = State(argv)
+        self.argv = self._state.argv
+        self.pid = pid_of(link.answer(start_timeout_s))
         self.stdin = Input(self, link)
         self.stdout = Output(self, STDOUT)
         self.stderr = Output(self, STDERR)
 
-    def _started(self, timeout_s: float) -> int:
-        pid = self._link.answer(timeout_s).get("pid")
-        if not isinstance(pid, int):
-            raise AgentProtocolError(f"agent sent process {pid!r}: expected a number")
-        return pid
-
     @property
     def timed_out(self) -> bool:
         """Whether the agent killed it because its time was over."""
-        return self._end is not None and self._end.timed_out
+        return self._state.timed_out
 
     @property
     def returncode(self) -> int | None:
         """As in subprocess: None while it runs, negative for a signal."""
-        return None if self._end is None else requests.returncode(self._end)
+        return self._state.returncode
 
     def send_signal(self, number: int) -> None:
         """Signal the command's process group (on a terminal: the one in the foreground)."""
-        if self._end is None:
+        if self.returncode is None:
             self._link.send(protocol.signal(number))
 
     def terminate(self) -> None:
@@ -83,7 +129,7 @@ class Process:
 
     def resize(self, rows: int, columns: int) -> None:
         """Tell the command's terminal its size."""
-        if self._end is None:
+        if self.returncode is None:
             self._link.send(protocol.resize(rows, columns))
 
     def wait(self, timeout_s: float | None = None) -> int:
@@ -94,9 +140,9 @@ class Process:
             AgentLost: the guest or its agent is gone.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._end is None:
+        while (status := self.returncode) is None:
             self._step(deadline)
-        return requests.returncode(self._end)
+        return status
 
     def communicate(
         self, input: bytes = b"", *, limit_bytes: int = CAPTURE_BYTES  # noqa: A002 - subprocess's name
@@ -110,12 +156,12 @@ class Process:
             found[stream] += data
 
         rest = memoryview(input)
-        while self._end is None:
+        while self.returncode is None:
             rest = rest[self._offer(rest) :]
             if not rest:
                 self.stdin.close()
             self._drain(collect)
-            if self._end is None:
+            if self.returncode is None:
                 self._step(None)
         self._drain(collect)
         return bytes(found[STDOUT]), bytes(found[STDERR])
@@ -135,7 +181,7 @@ class Process:
 
         if stdin is None:
             self.stdin.close()
-        while self._end is None:
+        while (status := self.returncode) is None:
             can_take = stdin if not self.stdin.closed and self._link.conversation.stdin_room else None
             self._step(None, extra=can_take)
             if can_take is not None and _is_readable(can_take):
@@ -143,7 +189,7 @@ class Process:
                 self.stdin.write(data) if data else self.stdin.close()
             self._drain(write)
         self._drain(write)
-        return requests.returncode(self._end)
+        return status
 
     def close(self) -> None:
         """Let go of it: a command that still runs is ended by the agent (SIGHUP, a second later SIGKILL)."""
@@ -159,7 +205,7 @@ class Process:
 
     def _offer(self, data: memoryview) -> int:
         """Send what there is room for; return how many bytes that was."""
-        if not data or self._end is not None or self.stdin.closed or self._link.unsent_bytes > CHUNK:
+        if not data or self.returncode is not None or self.stdin.closed or self._link.unsent_bytes > CHUNK:
             return 0 if not self.stdin.closed else len(data)
         size = min(len(data), self._link.conversation.stdin_room)
         if size:
@@ -168,14 +214,13 @@ class Process:
 
     def _drain(self, sink: Sink) -> None:
         """Hand over what has arrived, and give the guest room for more."""
-        for stream, buffer in self._buffers.items():
-            while buffer:
-                data = buffer.popleft()
+        for stream in (STDOUT, STDERR):
+            while data := self._state.read(stream):
                 sink(stream, data)
                 self._consumed(stream, len(data))
 
     def _consumed(self, stream: int, size_bytes: int) -> None:
-        if self._end is None and (frame := self._link.conversation.make_room(stream, size_bytes)):
+        if self.returncode is None and (frame := self._link.conversation.make_room(stream, size_bytes)):
             self._link.send(frame)
 
     def _step(self, deadline: float | None, *, extra: int | None = None) -> None:
@@ -183,15 +228,7 @@ class Process:
         if not events and deadline is not None and time.monotonic() >= deadline:
             raise AgentUnavailable(f"{self.argv[0]}: still running")
         for event in events:
-            if isinstance(event, Data):
-                self._buffers[event.stream].append(event.data) if event.data else self._finished.add(event.stream)
-            elif isinstance(event, Exited):
-                self._end = event
-                self._finished |= {STDOUT, STDERR}
-            elif isinstance(event, Failed):
-                raise event.error
-            elif isinstance(event, Reply):
-                raise AgentProtocolError("agent answered a command twice")
+            self._state.take(event)
 
 
 class Input:
@@ -236,17 +273,12 @@ class Output:
         """
         if size_bytes < 0:
             return b"".join(iter(lambda: self.read(CHUNK, timeout_s=timeout_s), b""))
-        process, buffer = self._process, self._process._buffers[self._stream]
+        process, state = self._process, self._process._state
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not buffer and self._stream not in process._finished:
+        while not state.has_news(self._stream):
             process._step(deadline)
-        if not buffer:
-            return b""
-        data = buffer.popleft()
-        if len(data) > size_bytes:
-            buffer.appendleft(data[size_bytes:])
-            data = data[:size_bytes]
-        process._consumed(self._stream, len(data))
+        if data := state.read(self._stream, size_bytes):
+            process._consumed(self._stream, len(data))
         return data
 
 

@@ -179,7 +179,7 @@ def test_stream_nobody_reads_stalls_only_itself(agent: AgentClient) -> None:
     script = "head -c 2000000 /dev/zero & echo heard >&2; wait"
     with agent.start(["sh", "-c", script]) as process:
         assert process.stderr.read(6, timeout_s=20) == b"heard\n"
-        assert len(process._buffers[1]) * 1 <= WINDOW_BYTES
+        assert len(process._state.buffers[1]) * 1 <= WINDOW_BYTES
         assert len(process.stdout.read()) == 2_000_000
         assert process.wait(20) == 0
 
