@@ -96,10 +96,10 @@ class DescriptorConsole:
     def __init__(
         self, console_in: int | None, console_out: int, keys: InputFilter | None, loop: EventLoop, lock: threading.Lock
     ) -> None:
-        self.output = ConsoleOutput(console_out, loop, lock)
+        written = ConsoleOutput(console_out, loop, lock)
+        self.output = written.gathered
         self._input = None if console_in is None else ConsoleInput(console_in, loop, lock, keys)
-        self.put = self.output.put
-        self.release, self.finish = self.output.release, self.output.finish
+        self.put, self.release, self.finish = self.output.put, self.output.release, written.finish
         self.tail = self.output.tail
 
     @property
@@ -115,66 +115,82 @@ class DescriptorConsole:
             self._input.connect(serial, on_quit)
 
 
-class ConsoleOutput:
-    """From the guest to a file descriptor. `put` runs under the board's lock."""
+class Gathered:
+    """Output on its way from processors to the loop: bytes that wait a few milliseconds for more, and their limit."""
 
-    def __init__(self, fd: int, loop: EventLoop, lock: threading.Lock) -> None:
-        self._fd = fd
+    def __init__(self, loop: EventLoop, lock: threading.Lock, flush: Callable[[], None]) -> None:
         self._lock = lock
-        self._buffer = bytearray()
         self._timer = loop.new_timer()
-        self._timer.call(self.flush)
+        self._timer.call(flush)
         self._drained = threading.Event()
-        self._poll = select.poll()
-        self._poll.register(fd, select.POLLOUT)
+        self.waiting = bytearray()
         self.tail = bytearray()
         self.first_byte_ns: int | None = None
         self.congested = False
 
     def put(self, byte: int) -> None:
-        """One byte of output."""
-        self._buffer.append(byte)
+        """One byte of output; under the board's lock."""
+        self.waiting.append(byte)
         if self._timer.deadline_ns is None:
-            self._timer.arm(time.monotonic_ns() + FLUSH_DELAY_NS)
-        if len(self._buffer) >= CONGESTED_BYTES:
+            self.again(FLUSH_DELAY_NS)
+        if len(self.waiting) >= CONGESTED_BYTES:
             self._drained.clear()
             self.congested = True
 
     def wait(self) -> None:
-        """Block a processor a while, as long as the buffer is over its limit; not under the lock."""
+        """Block a processor a while, as long as too much waits; not under the lock."""
         self._drained.wait(WAIT_SLICE_S)
-
-    def flush(self) -> None:
-        """Write what the other end takes now; come back for the rest. Loop thread only.
-
-        Raises BrokenPipeError when the other end has gone.
-        """
-        while self._buffer:
-            if not self._poll.poll(0):
-                self._timer.arm(time.monotonic_ns() + RETRY_DELAY_NS)
-                return
-            self._write(self._buffer[:CHUNK_BYTES])
-        if self.congested:
-            self.release()
-
-    def finish(self) -> None:
-        """Write everything, however long the other end takes."""
-        while self._buffer:
-            self._write(self._buffer[:CHUNK_BYTES])
 
     def release(self) -> None:
         """Let waiting processors go on."""
         self.congested = False
         self._drained.set()
 
-    def _write(self, chunk: bytearray) -> None:
-        written = os.write(self._fd, chunk)
-        if self.first_byte_ns is None:
-            self.first_byte_ns = time.monotonic_ns()
-        self.tail += chunk[:written]
-        del self.tail[:-TAIL_BYTES]
+    def again(self, delay_ns: int) -> None:
+        """Have `flush` called."""
+        self._timer.arm(time.monotonic_ns() + delay_ns)
+
+    def taken(self, size_bytes: int) -> bytes:
+        """Take what went out off the front of what waits, and remember the end of it. Loop thread only."""
         with self._lock:
-            del self._buffer[:written]
+            data = bytes(self.waiting[:size_bytes])
+            del self.waiting[:size_bytes]
+        if data and self.first_byte_ns is None:
+            self.first_byte_ns = time.monotonic_ns()
+        self.tail += data
+        del self.tail[:-TAIL_BYTES]
+        return data
+
+
+class ConsoleOutput:
+    """From the guest to a file descriptor. Loop thread only."""
+
+    def __init__(self, fd: int, loop: EventLoop, lock: threading.Lock) -> None:
+        self._fd = fd
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+        self.gathered = Gathered(loop, lock, self.flush)
+
+    def flush(self) -> None:
+        """Write what the other end takes now; come back for the rest.
+
+        Raises BrokenPipeError when the other end has gone.
+        """
+        while self.gathered.waiting:
+            if not self._poll.poll(0):
+                self.gathered.again(RETRY_DELAY_NS)
+                return
+            self._write()
+        if self.gathered.congested:
+            self.gathered.release()
+
+    def finish(self) -> None:
+        """Write everything, however long the other end takes."""
+        while self.gathered.waiting:
+            self._write()
+
+    def _write(self) -> None:
+        self.gathered.taken(os.write(self._fd, self.gathered.waiting[:CHUNK_BYTES]))
 
 
 class ConsoleInput:

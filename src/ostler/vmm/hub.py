@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import Callable
 
 from ostler.control.logfile import RotatedLog
 from ostler.devices.legacy.serial import Serial
-from ostler.vmm.console import CONGESTED_BYTES, FLUSH_DELAY_NS, TAIL_BYTES, WAIT_SLICE_S
+from ostler.vmm.console import Gathered
 from ostler.vmm.loop import EventLoop
 
 CLIENT_BYTES = 8 << 20
@@ -30,53 +29,28 @@ class HubConsole:
         self._log = log
         self._loop = loop
         self._lock = lock
-        self._buffer = bytearray()
-        self._timer = loop.new_timer()
-        self._timer.call(self.flush)
-        self._drained = threading.Event()
         self._typed = bytearray()
         self._called = False
         self._serial: Serial | None = None
         self._clients: dict[int, AttachedClient] = {}
-        self.tail = bytearray()
-        self.first_byte_ns: int | None = None
-        self.congested = False
-        self.output = self
+        # Congested only while the loop's thread is held up; output is bounded all the same.
+        self.output = Gathered(loop, lock, self.flush)
+        self.put, self.release, self.tail = self.output.put, self.output.release, self.output.tail
 
-    def put(self, byte: int) -> None:
-        """Under the board's lock."""
-        self._buffer.append(byte)
-        if self._timer.deadline_ns is None:
-            self._timer.arm(time.monotonic_ns() + FLUSH_DELAY_NS)
-        if len(self._buffer) >= CONGESTED_BYTES:
-            # Only while the loop's thread is held up; output is bounded all the same.
-            self._drained.clear()
-            self.congested = True
-
-    def wait(self) -> None:
-        """In a processor's thread."""
-        self._drained.wait(WAIT_SLICE_S)
-
-    def release(self) -> None:
-        self.congested = False
-        self._drained.set()
+    @property
+    def first_byte_ns(self) -> int | None:
+        return self.output.first_byte_ns
 
     def flush(self) -> None:
         """Give everything said so far to the log and to the clients."""
-        with self._lock:
-            data = bytes(self._buffer)
-            self._buffer.clear()
+        data = self.output.taken(len(self.output.waiting))
         if not data:
             return
-        if self.first_byte_ns is None:
-            self.first_byte_ns = time.monotonic_ns()
-        self.tail += data
-        del self.tail[:-TAIL_BYTES]
         self._log.write(data)
         for client in [*self._clients.values()]:
             client.send(data)
-        if self.congested:
-            self.release()
+        if self.output.congested:
+            self.output.release()
 
     def finish(self) -> None:
         self.flush()
