@@ -16,6 +16,7 @@ from ostler.control.logfile import RotatedLog
 from ostler.devices.legacy.serial import Serial
 from ostler.vmm.console import Gathered
 from ostler.vmm.loop import EventLoop
+from ostler.vmm.stream import ClientStream
 
 CLIENT_BYTES = 8 << 20
 TYPED_BYTES = 16 << 10
@@ -32,7 +33,7 @@ class HubConsole:
         self._typed = bytearray()
         self._called = False
         self._serial: Serial | None = None
-        self._clients: dict[int, AttachedClient] = {}
+        self._clients: set[AttachedClient] = set()
         # Congested only while the loop's thread is held up; output is bounded all the same.
         self.output = Gathered(loop, lock, self.flush)
         self.put, self.release, self.tail = self.output.put, self.output.release, self.output.tail
@@ -47,14 +48,14 @@ class HubConsole:
         if not data:
             return
         self._log.write(data)
-        for client in [*self._clients.values()]:
+        for client in [*self._clients]:
             client.send(data)
         if self.output.congested:
             self.output.release()
 
     def finish(self) -> None:
         self.flush()
-        for client in [*self._clients.values()]:
+        for client in [*self._clients]:
             client.close()
         self._log.close()
 
@@ -72,7 +73,7 @@ class HubConsole:
         `first` is what it gets before anything the guest says now.
         """
         client = AttachedClient(connection, self._loop, self)
-        self._clients[client.fd] = client
+        self._clients.add(client)
         client.send(first)
         if typed:
             self.type(typed)
@@ -80,7 +81,7 @@ class HubConsole:
 
     def detach(self, client: AttachedClient) -> None:
         """Forget a client that has gone."""
-        self._clients.pop(client.fd, None)
+        self._clients.discard(client)
 
     @property
     def takes_input(self) -> bool:
@@ -106,71 +107,36 @@ class HubConsole:
             taken = self._serial.receive(bytes(self._typed))
         del self._typed[:taken]
         if self.takes_input:
-            for client in [*self._clients.values()]:
+            for client in [*self._clients]:
                 client.start()
 
 
 class AttachedClient:
-    """One connection that is a console."""
+    """One connection that is a console. One that does not read is cut off once `CLIENT_BYTES` wait for it."""
 
     def __init__(self, connection: socket.socket, loop: EventLoop, hub: HubConsole) -> None:
-        connection.setblocking(False)
-        self._socket = connection
-        self._loop = loop
         self._hub = hub
-        self._unsent = bytearray()
-        self.fd = connection.fileno()
+        self._stream = ClientStream(
+            connection, loop, receive_bytes=READ_BYTES, max_unsent_bytes=CLIENT_BYTES,
+            received=self._typed, ended=self.close,
+        )  # fmt: skip
+        self.send = self._stream.send
 
     def start(self) -> None:
         """Read what is typed."""
-        if self.fd >= 0:
-            self._loop.add_reader(self.fd, self._readable)
-
-    def send(self, data: bytes) -> None:
-        """Output for the client; one that is far behind is cut off."""
-        self._unsent += data
-        if len(self._unsent) > CLIENT_BYTES:
-            self.close()
-        else:
-            self._write()
+        self._stream.read()
 
     def close(self) -> None:
         """Send what still goes, and end."""
-        if self.fd < 0:
+        if not self._stream.is_open:
             return
-        self._loop.remove_reader(self.fd)
-        self._loop.remove_writer(self.fd)
+        connection = self._stream.let_go()
         self._hub.detach(self)
-        self.fd = -1
         with contextlib.suppress(OSError):
-            if self._unsent:
-                self._socket.send(self._unsent)
-        self._socket.close()
+            if self._stream.unsent:
+                connection.send(self._stream.unsent)
+        connection.close()
 
-    def _write(self) -> None:
-        try:
-            while self._unsent:
-                del self._unsent[: self._socket.send(self._unsent)]
-        except BlockingIOError:
-            self._loop.add_writer(self.fd, self._write)
-            return
-        except OSError:
-            self._unsent.clear()
-            self.close()
-            return
-        if self.fd >= 0:
-            self._loop.remove_writer(self.fd)
-
-    def _readable(self) -> None:
-        try:
-            data = self._socket.recv(READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.close()
-            return
+    def _typed(self, data: bytes) -> None:
         self._hub.type(data)
-        if not self._hub.takes_input and self.fd >= 0:
-            self._loop.remove_reader(self.fd)
+        self._stream.read(wanted=self._hub.takes_input)

@@ -19,6 +19,7 @@ from ostler.control.runtime import VMM_LOG
 from ostler.control.wire import VERSION, Decoder, Message, WireError, encode, pack_error
 from ostler.errors import BadRequest, HostError, OstlerError
 from ostler.vmm.loop import EventLoop
+from ostler.vmm.stream import ClientStream
 
 MAX_CONNECTIONS = 64
 MAX_UNSENT_BYTES = 4 << 20
@@ -38,15 +39,18 @@ class Connection:
     """One client. Answers may come later: `reply`; what comes by itself: `send`."""
 
     def __init__(self, connected: socket.socket, loop: EventLoop, server: ControlServer) -> None:
-        connected.setblocking(False)
-        self._socket = connected
-        self._loop = loop
         self._server = server
         self._decoder = Decoder()
-        self._unsent = bytearray()
-        self.is_open = True
+        self._stream = ClientStream(
+            connected, loop, receive_bytes=RECEIVE_BYTES, max_unsent_bytes=MAX_UNSENT_BYTES,
+            received=self._received, ended=self.close,
+        )  # fmt: skip
         self.wants_events = False
-        loop.add_reader(connected.fileno(), self._readable)
+        self._stream.read()
+
+    @property
+    def is_open(self) -> bool:
+        return self._stream.is_open
 
     def reply(self, number: object, result: Message) -> None:
         """Answer the request of that number."""
@@ -54,63 +58,29 @@ class Connection:
 
     def send(self, message: Message) -> None:
         """Send one message; a client that lets megabytes lie is cut off."""
-        if not self.is_open:
-            return
-        self._unsent += encode(message)
-        if len(self._unsent) > MAX_UNSENT_BYTES:
-            self.close()
-        else:
-            self._write()
+        self._stream.send(encode(message))
 
     def release(self, last: Message) -> tuple[socket.socket, bytes, bytes]:
         """Give the socket away: with it, what is still to be sent, `last` at its end, and what has come in since."""
-        self._stop_watching()
-        unsent = bytes(self._unsent) + encode(last)
-        return self._socket, unsent, self._decoder.rest()
+        connected = self._let_go()
+        return connected, bytes(self._stream.unsent) + encode(last), self._decoder.rest()
 
     def close(self, *, politely: bool = False) -> None:
         """End the connection; politely: after sending what waits, for at most a second."""
         if not self.is_open:
             return
-        self._stop_watching()
+        connected = self._let_go()
         if politely:
-            self._finish_sending()
-        self._socket.close()
+            with contextlib.suppress(OSError):
+                connected.settimeout(LAST_SEND_S)
+                connected.sendall(self._stream.unsent)
+        connected.close()
 
-    def _stop_watching(self) -> None:
-        self.is_open = False
-        self._loop.remove_reader(self._socket.fileno())
-        self._loop.remove_writer(self._socket.fileno())
+    def _let_go(self) -> socket.socket:
         self._server.forget(self)
+        return self._stream.let_go()
 
-    def _finish_sending(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.settimeout(LAST_SEND_S)
-            self._socket.sendall(self._unsent)
-        self._unsent.clear()
-
-    def _write(self) -> None:
-        try:
-            while self._unsent:
-                del self._unsent[: self._socket.send(self._unsent)]
-        except BlockingIOError:
-            self._loop.add_writer(self._socket.fileno(), self._write)
-            return
-        except OSError:
-            self.close()
-            return
-        self._loop.remove_writer(self._socket.fileno())
-
-    def _readable(self) -> None:
-        try:
-            data = self._socket.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.close()
-            return
+    def _received(self, data: bytes) -> None:
         self._decoder.feed(data)
         try:
             while self.is_open and (message := self._decoder.next()) is not None:
