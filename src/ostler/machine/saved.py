@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from ostler.abi.kvm import board as kvm_board
 from ostler.abi.kvm import state as kvm_state
 from ostler.accel.api import VCPU, Accel, ExitReason
+from ostler.accel.models import model
 from ostler.devices.state import Saved
-from ostler.errors import StateError
+from ostler.errors import BadRequest, StateError
 from ostler.machine.machine import Machine
 from ostler.memory import GuestMemory
 from ostler.memory.layout import PAGE_SIZE
@@ -52,6 +53,7 @@ class SavedMachine:
     """Everything of a machine but its memory."""
 
     model: str
+    """By name, less what the host it ran on could not give: `ostler-v2.1,-pku`."""
     processors: tuple[SavedProcessor, ...]
     chips: tuple[bytes, ...]
     pit: bytes
@@ -77,7 +79,7 @@ def save(machine: Machine, accel: Accel) -> SavedMachine:
     with machine.board.lock:
         board = machine.board.save()
     return SavedMachine(
-        model=machine.model.name,
+        model=_model_name(machine),
         processors=tuple(_save_processor(vcpu, known) for vcpu in machine.vcpus),
         chips=tuple(bytes(machine.vm.get_irqchip(chip)) for chip in CHIPS),
         pit=bytes(machine.vm.get_pit2()),
@@ -91,8 +93,7 @@ def restore(saved: SavedMachine, machine: Machine, accel: Accel) -> None:
 
     Raises StateError where the shapes differ or data is not what the machine could have saved.
     """
-    if saved.model != machine.model.name:
-        raise StateError(f"saved under CPU model {saved.model}, the machine has {machine.model.name}")
+    _check_model(saved.model, machine)
     if len(saved.processors) != len(machine.vcpus):
         raise StateError(f"saved with {len(saved.processors)} processors, the machine has {len(machine.vcpus)}")
     clock = kvm_board.ClockData()
@@ -106,6 +107,24 @@ def restore(saved: SavedMachine, machine: Machine, accel: Accel) -> None:
         _restore_processor(processor, vcpu, set(accel.get_msr_index_list()))
     with machine.board.lock:
         machine.board.restore(saved.board)
+
+
+def _model_name(machine: Machine) -> str:
+    return ",".join([machine.model.name, *(f"-{feature}" for feature in machine.masked_features)])
+
+
+def _check_model(name: str, machine: Machine) -> None:
+    """A guest has looked at its processor once, and uses what it saw. Raises StateError where that is not all here."""
+    try:
+        wanted = model(name)
+    except BadRequest as error:
+        raise StateError(f"saved under a CPU model that is not known here: {error}") from error
+    here = machine.model
+    lacking = sorted((wanted.features - here.features) | (wanted.immunities - here.immunities))
+    if lacking:
+        raise StateError(f"saved under CPU model {name}: the machine has {here.name}, without {', '.join(lacking)}")
+    if (wanted.vendor, wanted.signature) != (here.vendor, here.signature):
+        raise StateError(f"saved under CPU model {name}: the machine has {here.name}, which is another processor")
 
 
 def _save_processor(vcpu: VCPU, known: set[int]) -> SavedProcessor:

@@ -103,7 +103,7 @@ class Processor:
         self.vcpu.kick()
 
     def hold(self) -> None:
-        """Keep out of the guest from the next chance on, until `go_on`."""
+        """Keep out of the guest from the next chance on, until `go_on`; before `start`, from the first on."""
         self._parked.clear()
         self._released.clear()
         self.vcpu.kick()
@@ -165,6 +165,10 @@ class Processor:
     def _run(self) -> None:
         run, exit_view, console = self.vcpu.run, self.vcpu.exit, self._console
         ports, mmio, lock = self._board.ports, self._board.mmio, self._board.lock
+        if not self._released.is_set():
+            # Held before it ever ran: not one instruction until it may.
+            self._parked.set()
+            self._released.wait()
         while not self._stopping:
             reason = run()
             if reason is ExitReason.IO:

@@ -29,7 +29,7 @@ from ostler.boot.kernel import Kernel, Protocol
 from ostler.boot.load import read_file, read_kernel
 from ostler.boot.unpacked import UnpackedKernels
 from ostler.devices.wiring import PowerEvent
-from ostler.errors import OstlerError
+from ostler.errors import AccelError, HostError, OstlerError, StateError
 from ostler.host.folders import cache_root
 from ostler.machine.board import Wiring
 from ostler.machine.machine import Machine
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ostler.config import GuestSpec
     from ostler.devices.virtio.device import VirtioDevice
     from ostler.machine.networks import Network
+    from ostler.machine.saved import SavedMachine
 
 UNCLAIMED_SHOWN = 16
 
@@ -128,6 +129,7 @@ class GuestProcess:
         """What was reported before anybody listened."""
         self.report: Callable[[str, str], None] = self._note_trouble
         self.lock = threading.Lock()
+        self._accel = opened
         self._outcome = Outcome()
         self.is_paused = False
         with contextlib.ExitStack() as undo:
@@ -156,8 +158,15 @@ class GuestProcess:
             self._outcome.when_ended(processor.ask_to_stop)
         self._outcome.when_ended(self.loop.stop)
 
-    def run(self) -> End:
-        """Start everything, serve until the end, stop everything whatever happens."""
+    def run(self, *, paused: bool = False) -> End:
+        """Start everything, serve until the end, stop everything whatever happens.
+
+        With `paused` the loop serves everybody, and the guest stands still until `resume`.
+        """
+        if paused:
+            for processor in self.processors:
+                processor.hold()
+            self.is_paused = True
         self.console.connect(self.machine.board.serial, self.quit)
         started: list[Processor] = []
         try:
@@ -202,6 +211,30 @@ class GuestProcess:
             with contextlib.suppress(OstlerError):
                 processor.vcpu.kvmclock_ctrl()
             processor.go_on()
+
+    def save_state(self) -> SavedMachine:
+        """The machine's state but memory and disks; the guest is paused. Loop thread only. Raises AccelError.
+
+        What devices had under way at their back ends has ended when this returns.
+        """
+        from ostler.machine import saved
+
+        if not self.is_paused:
+            raise HostError("the guest is to be paused while its state is saved")
+        return saved.save(self.machine, self._accel)
+
+    def restore_state(self, state: SavedMachine) -> None:
+        """Go on from there; before `run`, or before the first `resume` of a guest that was started paused.
+
+        Its memory is filled already. Raises StateError for a state of another machine, or of none; the guest is of no
+        use then.
+        """
+        from ostler.machine import saved
+
+        try:
+            saved.restore(state, self.machine, self._accel)
+        except AccelError as error:
+            raise StateError(f"saved state is not one that {self._accel.name} takes: {error}") from error
 
     def _log_unclaimed(self) -> None:
         """What the guest looked for in vain, most often first."""
