@@ -33,6 +33,13 @@ class Vm:
         """Memory slots, irqchip, PIT, routing, eventfds, dirty log, clock."""
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """KVM_CREATE_VCPU."""
+    def stats(self) -> dict[str, int]:
+        """What the engine did for all vCPUs together: a measure, no part of KVM's API. Never waits.
+
+        instructions retired, blocks decoded, translations, code_bytes made, flushes of all code, entries of
+        translated code, tlb_misses, invalidations of code by stores, exits to user space. A running vCPU's
+        share is as of its last interrupt.
+        """
     def invalidate(self, gpa: int, size: int) -> None:
         """The host wrote guest memory: forget code decoded from there."""
     def close(self) -> None:

@@ -13,7 +13,7 @@ mod page;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::prelude::*;
-use pyo3::types::PyMemoryView;
+use pyo3::types::{PyDict, PyMemoryView};
 
 use crate::arg::Argument;
 use crate::error::{closed, guard};
@@ -87,6 +87,15 @@ impl Vm {
     fn create_vcpu(&self, py: Python<'_>, vcpu_id: u32) -> PyResult<Vcpu> {
         let vm = self.0.get()?;
         py.detach(|| guard(|| vm.create_vcpu(vcpu_id))).map(|vcpu| Vcpu(Handle::new(vcpu)))
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = self.0.get()?.counters();
+        let dict = PyDict::new(py);
+        for (name, value) in counters.named() {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
     }
 
     fn invalidate(&self, py: Python<'_>, gpa: u64, size: u64) -> PyResult<()> {

@@ -9,6 +9,7 @@
 
 mod board;
 pub mod clock;
+pub mod counters;
 pub mod cpu;
 pub mod host;
 mod ioctl;

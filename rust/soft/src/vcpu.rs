@@ -73,6 +73,7 @@ impl Vcpu {
         drop(inside);
         let result = match exit {
             Some(exit) => {
+                core.cpu.counters.exits += 1;
                 inner.page.fill(&exit);
                 if matches!(exit, Exit::Io { write: None, .. } | Exit::Mmio { write: None, .. }) {
                     core.waiting = Some(exit);
@@ -88,6 +89,7 @@ impl Vcpu {
                 Err(libc::EINTR)
             }
         };
+        core.cpu.publish_counters();
         inner.publish_state(&core.cpu);
         result
     }

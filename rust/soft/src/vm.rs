@@ -7,6 +7,7 @@
 
 use crate::board::Local;
 use crate::clock::{host_tsc, lock, realtime_ns, VmClock};
+use crate::counters::Counters;
 use crate::ioctl::caps::{self, CLOCK_FLAGS, MAX_VCPUS, MAX_VCPU_ID};
 use crate::ioctl::memory::Memory;
 use crate::ioctl::requests::*;
@@ -213,6 +214,14 @@ impl Vm {
     /// KVM_CREATE_VCPU.
     pub fn create_vcpu(&self, id: u32) -> Answer<Vcpu> {
         self.machine.create_vcpu(id)
+    }
+
+    /// What its vCPUs did, together: each as it was when it last looked up, milliseconds ago at most while
+    /// it runs with a timer.
+    pub fn counters(&self) -> Counters {
+        let mut sum = Counters::default();
+        self.machine.peers.for_each(|peer| peer.shared.counters.add_to(&mut sum));
+        sum
     }
 
     /// The host wrote `[gpa, gpa + size)`: code decoded from there is forgotten.

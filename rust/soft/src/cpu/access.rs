@@ -256,6 +256,7 @@ impl Cpu {
 
     /// Translates one page's part and fills the TLB.
     fn place(&mut self, linear: u64, size: u64, write: bool) -> R<Place> {
+        self.counters.tlb_misses += 1;
         if self.trace.watching {
             self.data_breakpoint(linear, size, write);
         }

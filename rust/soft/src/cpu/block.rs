@@ -451,6 +451,7 @@ impl Cpu {
     /// After a store changed decoded code: if it was the running block, its remaining operations
     /// must not run.
     pub(crate) fn code_changed(&mut self) {
+        self.counters.invalidations += 1;
         self.native.left = 1;
         let current = self.blocks.current;
         if current.is_null() {

@@ -47,6 +47,7 @@ pub mod testing;
 pub mod translate;
 pub mod walk;
 
+use crate::counters::{Counters, Published};
 use crate::mem::SlotMap;
 use mmu::Tlb;
 use state::{CodeSize, DescriptorTable, Segment};
@@ -179,6 +180,8 @@ pub struct Shared {
     pub new_slots: Mutex<Option<Arc<SlotMap>>>,
     /// Physical pages on which another vCPU found code; see [`attention::WRITES`].
     pub code_pages: Mutex<Vec<u64>>,
+    /// What the vCPU did so far.
+    pub counters: Published,
 }
 
 impl Shared {
@@ -325,6 +328,8 @@ pub struct Cpu {
     pub(crate) trace: debug::Trace,
     /// PAUSEs executed: spinning must end in a yield now and then.
     pub(crate) pauses: u32,
+    /// What it did, but for what is counted where it happens: see [`Cpu::publish_counters`].
+    pub(crate) counters: Counters,
     /// Changes whenever a linear address may translate otherwise; part of the jump cache's key.
     pub exec_epoch: u64,
     /// PAE page-directory pointers, loaded with CR3.
@@ -394,6 +399,7 @@ impl Cpu {
             guest_debug_dr: [0; 8],
             trace: debug::Trace::default(),
             pauses: 0,
+            counters: Counters::default(),
             exec_epoch: 0,
             pdptr: [0; 4],
             tlb,

@@ -44,6 +44,16 @@ impl Cpu {
         }
     }
 
+    /// Shows others what this vCPU did.
+    pub(crate) fn publish_counters(&mut self) {
+        let done = &mut self.counters;
+        (done.instructions, done.blocks) = (self.retired, self.blocks.decoded);
+        if let Some(translator) = &self.translator {
+            translator.stats.count(done);
+        }
+        self.shared.counters.set(done);
+    }
+
     fn pending_any(&self) -> bool {
         self.pending.exception.is_some() || self.pending.interrupt.is_some() || self.pending.nmi
     }
@@ -86,6 +96,7 @@ impl Cpu {
     /// may run before looking again.
     #[inline(never)]
     fn attend(&mut self, bits: u32, single: &mut bool) -> Result<(), RunEnd> {
+        self.publish_counters();
         if bits & attention::SLOTS != 0 {
             self.take_slots();
         }

@@ -108,6 +108,7 @@ impl Cpu {
     pub(crate) fn fetch_walk(&mut self, linear: u64) -> R<(u64, Option<*const u8>)> {
         let access =
             Access { exec: true, user: self.tlb.mode == Mode::User, smap: self.tlb.mode == Mode::Smap, write: false };
+        self.counters.tlb_misses += 1;
         let page = self.walk(linear, access)?;
         let Some(slot) = self.slots.find(page.gpa) else {
             return Ok((page.gpa, None));

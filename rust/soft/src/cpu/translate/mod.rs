@@ -30,6 +30,7 @@ mod tests;
 mod vector;
 
 use super::block::Block;
+use crate::counters::Counters;
 use crate::host::execmem::CodeWriter;
 use iced_x86::InstructionInfoFactory;
 use link::{Exit, Jump, JUMPS};
@@ -61,6 +62,14 @@ pub struct Stats {
     pub exits_stop: u64,
     /// Times everything was dropped.
     pub flushes: u64,
+}
+
+impl Stats {
+    /// Puts what others want to know where they look.
+    pub(crate) fn count(&self, into: &mut Counters) {
+        (into.translations, into.code_bytes) = (self.translated, self.code_bytes);
+        (into.flushes, into.entries) = (self.flushes, self.entries);
+    }
 }
 
 /// What `OSTLER_DEBUG_ENGINE` asks for.
