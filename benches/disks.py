@@ -56,7 +56,7 @@ def guest_image(seconds: int) -> Path:
     return initrd.build({
         "init": (SCRIPT.replace("@SECONDS@", str(seconds)) + EPILOGUE).encode(),
         "bin/busybox": initrd.busybox_program().read_bytes(),
-        **module_files(kernel, ["virtio_pci", "virtio_blk"]),
+        **module_files(kernel, "virtio_pci", "virtio_blk"),
         **program_files(str(shutil.which(FIO))),
     })  # fmt: skip
 

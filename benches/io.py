@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 from benches import peer
 
 from ostler.images import cache, kernels, rootfs
+from tests.guest.devices_guest import module_files
 from tests.guest.harness import OSTLER
-from tests.guest.test_disk import modules
 
 KERNEL, MEMORY_MIB, DISK_MIB = "debian-12-cloud", 1024, 256
 # Name, fio's pattern, block size, depth.
@@ -55,7 +55,7 @@ def material(seconds: int) -> tuple[Path, Path]:
     kernel = kernels.fetch(KERNEL)
     jobs = "\n".join(" ".join(("job", name, pattern, size, str(depth))) for name, pattern, size, depth in JOBS)
     init = INIT.format(seconds=seconds, disk=DISK_MIB, jobs=jobs).encode()
-    return kernel.image, rootfs.debian(["fio"], {"init": init, **modules(kernel, "virtio_pci", "virtio_blk")})
+    return kernel.image, rootfs.debian(["fio"], {"init": init, **module_files(kernel, "virtio_pci", "virtio_blk")})
 
 
 def commands(kernel: Path, initrd: Path, disk: Path, until: ExitStack) -> dict[str, list[str]]:

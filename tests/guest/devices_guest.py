@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import lzma
 import os
 import queue
 import socket
@@ -22,7 +21,7 @@ from typing import Any, ClassVar
 from ostler.config.guest import parse_guest
 from ostler.control import runtime
 from ostler.control.launch import launch
-from ostler.images import initrd, kernels
+from ostler.images import initrd, kernels, modules
 
 WAIT_S = 240
 BASE_MODULES = ("virtio_pci", "virtio_net")
@@ -107,14 +106,14 @@ class Guest:
 def running(
     script: str,
     *,
-    modules: Sequence[str] = (),
+    drivers: Sequence[str] = (),
     files: Mapping[str, bytes] | None = None,
     blob: bytes = b"",
     **spec: Any,
 ) -> Iterator[Guest]:
     """A guest that runs `script` and powers off; `spec` as `parse_guest` takes it, with a passt network if not said."""
     kernel = kernels.fetch(spec.pop("kernel", kernels.DEFAULT_KERNEL))
-    image = image_of(script, kernel, modules=modules, files=files)
+    image = image_of(script, kernel, drivers=drivers, files=files)
     with reports(blob, spec.pop("report_to", None)) as (said, host), contextlib.ExitStack() as stack:
         wanted = {"nets": ["passt"], "accel": "soft", "memory": "512M"} | spec
         append = f"console=ttyS0 loglevel=4 report={host} {wanted.pop('append', '')}"
@@ -129,13 +128,13 @@ def running(
 
 
 def image_of(
-    script: str, kernel: kernels.Kernel, *, modules: Sequence[str] = (), files: Mapping[str, bytes] | None = None
+    script: str, kernel: kernels.Kernel, *, drivers: Sequence[str] = (), files: Mapping[str, bytes] | None = None
 ) -> Path:
     """The initrd of a guest that runs `script`."""
     return initrd.build({
         "init": (PROLOGUE + script + EPILOGUE).encode(),
         "bin/busybox": initrd.busybox_program().read_bytes(),
-        **module_files(kernel, [*BASE_MODULES, *modules]),
+        **module_files(kernel, *BASE_MODULES, *drivers),
         **(files or {}),
     })  # fmt: skip
 
@@ -154,36 +153,9 @@ def reports(blob: bytes, address: str | None = None) -> Iterator[tuple[queue.Que
             thread.join()
 
 
-def module_files(kernel: kernels.Kernel, names: Sequence[str]) -> dict[str, bytes]:
+def module_files(kernel: kernels.Kernel, *names: str) -> dict[str, bytes]:
     """Modules with what they depend on, and `modules/order` to load them by. Built-in ones are left out."""
-    folder = kernels.module_tree(kernel) / "lib" / "modules" / kernel.release
-    by_name: dict[str, Path] = {}
-    needs: dict[Path, list[Path]] = {}
-    for line in (folder / "modules.dep").read_text().splitlines():
-        module, _, rest = line.partition(":")
-        path = folder / module
-        by_name[path.name.split(".ko")[0].replace("-", "_")] = path
-        needs[path] = [folder / each for each in rest.split()]
-    order: list[Path] = []
-
-    def add(path: Path) -> None:
-        # modules.dep lists the dependencies of dependencies too, the ones to be loaded first last.
-        for each in reversed(needs[path]):
-            if each not in order:
-                order.append(each)
-        if path not in order:
-            order.append(path)
-
-    for name in names:
-        if name in by_name:
-            add(by_name[name])
-    files = {f"modules/{path.name.removesuffix('.xz')}": _content(path) for path in order}
-    return {**files, "modules/order": "".join(f"{name.split('/')[1]}\n" for name in files).encode()}
-
-
-def _content(path: Path) -> bytes:
-    data = path.read_bytes()
-    return lzma.decompress(data) if path.suffix == ".xz" else data
+    return modules.in_order(kernels.module_tree(kernel) / "lib" / "modules" / kernel.release, names)
 
 
 def own_address() -> str:

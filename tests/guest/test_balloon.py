@@ -10,7 +10,7 @@ from ostler.boot.load import read_kernel
 from ostler.config import parse_guest
 from ostler.devices.virtio.balloon import Balloon
 from ostler.images import initrd, kernels
-from tests.guest.test_disk import modules
+from tests.guest.devices_guest import module_files
 from tests.guest.test_saved_state import Watched
 
 MIB = 1 << 20
@@ -37,7 +37,7 @@ poweroff -f
 
 def test_balloon_gives_memory_back_and_takes_it_again() -> None:
     kernel = kernels.fetch("debian-12-cloud")
-    loaded = modules(kernel, "virtio_pci", "virtio_balloon")
+    loaded = module_files(kernel, "virtio_pci", "virtio_balloon")
     ramdisk = initrd.build({"init": INIT, "bin/busybox": initrd.busybox_program().read_bytes(), **loaded})
     spec = parse_guest(
         kernel=kernel.image, initrd=ramdisk, append="console=ttyS0 quiet panic=-1", accel="soft", balloon=True,

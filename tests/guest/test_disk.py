@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ostler.images import initrd, kernels
+from tests.guest.devices_guest import module_files
 from tests.guest.harness import Boot
 
 INIT = b"""#!/bin/busybox sh
@@ -30,25 +31,13 @@ poweroff -f
 """
 
 
-def modules(kernel: kernels.Kernel, *wanted: str) -> dict[str, bytes]:
-    """Modules and what they need, and a file with the order to load them in."""
-    tree = kernels.module_tree(kernel) / "lib/modules" / kernel.release
-    needs = {}
-    for line in (tree / "modules.dep").read_text().splitlines():
-        path, _, others = line.partition(":")
-        needs[Path(path).name.partition(".")[0].replace("-", "_")] = [*reversed(others.split()), path]
-    order = list(dict.fromkeys(path for name in wanted for path in needs[name]))
-    files = {f"modules/{Path(path).name}": (tree / path).read_bytes() for path in order}
-    return {**files, "modules/order": "\n".join(Path(path).name for path in order).encode()}
-
-
 @pytest.mark.skipif(
     not all(map(shutil.which, ("mke2fs", "qemu-img", "qemu-storage-daemon"))),
     reason="needs mke2fs, qemu-img, qemu-storage-daemon",
 )
 def test_stock_drivers_use_disk_and_entropy_device(boot: Boot, tmp_path: Path) -> None:
     kernel = kernels.fetch("debian-12-cloud")
-    loaded = modules(kernel, "virtio_pci", "virtio_blk", "virtio_rng")
+    loaded = module_files(kernel, "virtio_pci", "virtio_blk", "virtio_rng")
     ramdisk = initrd.build({"init": INIT, "bin/busybox": initrd.busybox_program().read_bytes(), **loaded})
     tree, disk, other = tmp_path / "tree", tmp_path / "disk.img", tmp_path / "other.img"
     tree.mkdir()

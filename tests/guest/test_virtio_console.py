@@ -33,7 +33,7 @@ def connected(path: Path) -> socket.socket:
 
 
 def test_terminal_and_named_port_carry_bytes_both_ways() -> None:
-    with running(SCRIPT, modules=["virtio_console"], virtio_console=True) as guest:
+    with running(SCRIPT, drivers=["virtio_console"], virtio_console=True) as guest:
         assert guest.next() == "port-org.ostler.agent"
         with connected(guest.folder / AGENT_SOCKET) as port, connected(guest.folder / HVC_SOCKET) as terminal:
             port.sendall(b"one\n")

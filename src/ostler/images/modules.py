@@ -37,6 +37,37 @@ def closure(tree: Path, wanted: Iterable[str]) -> dict[str, tuple[Path, tuple[st
     return dict(sorted(found.items()))
 
 
+def load_order(tree: Path, wanted: Iterable[str]) -> dict[str, Path]:
+    """Return the same modules with their files, each after those that it needs. Raises ImageError."""
+    names = [name.replace("-", "_") for name in wanted]
+    found = closure(tree, names)
+    order: dict[str, Path] = {}
+    # Entered once, so that modules that need each other come to an end as well.
+    entered: set[str] = set()
+
+    def add(name: str) -> None:
+        if name in found and name not in entered:
+            entered.add(name)
+            path, needs = found[name]
+            for need in needs:
+                add(need)
+            order[name] = path
+
+    for name in names:
+        add(name)
+    return order
+
+
+def in_order(tree: Path, wanted: Iterable[str]) -> dict[str, bytes]:
+    """Return the files of an initrd whose init loads modules: `modules/<name>.ko`, `modules/order` with a name a line.
+
+    Raises ImageError.
+    """
+    order = load_order(tree, wanted)
+    files = {f"modules/{name}.ko": content(path) for name, path in order.items()}
+    return {**files, "modules/order": "".join(f"{name}.ko\n" for name in order).encode()}
+
+
 def content(path: Path) -> bytes:
     """Return a module as the kernel loads it. Raises ImageError."""
     try:
