@@ -47,10 +47,9 @@ bench: setup ## Engine speed, start to power-off, programs in a guest, beside QE
 	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap
 	@$(PY) -c 'import matplotlib' 2>/dev/null || $(PY) -m pip install --quiet 'matplotlib>=3.8'
 	@$(PY) -m benches.bench
-	@$(PY) -m benches.disks
-	@$(PY) -m benches.network
 	@$(PY) -m benches.workloads --json bench.json --picture bench.png
-	@$(PY) -m benches.io
+	@$(PY) -m benches.network
+	@$(PY) -m benches.disks
 
 bars: setup ## Every promised figure, measured for real; takes long
 	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap
