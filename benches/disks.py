@@ -2,7 +2,8 @@
 
 Runs alternate, the median counts. The guest has busybox, drivers and this host's fio; its console tells the figures.
 Both sides serve the disk through the host's page cache: what is compared is what a request costs guest and devices.
-The QEMU is the one on PATH, or the one that `QEMU=` names. Exit status 1 where a ratio is below the floor or a figure is missing.
+The QEMU is the one on PATH, or the one that `QEMU=` names. Exit status 1 where a ratio is below the floor or a figure
+is missing.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from ostler.boot.load import read_kernel
 from ostler.config import parse_guest
 from ostler.devices.virtio.balloon import Balloon
 from ostler.images import initrd, kernels
+from ostler.testing.watched import Watched
 from tests.guest.devices_guest import module_files
-from tests.guest.test_saved_state import Watched
 
 MIB = 1 << 20
 MEMORY_MIB, KEPT_MIB, USED_MIB = 512, 256, 300
@@ -68,7 +68,7 @@ def test_balloon_gives_memory_back_and_takes_it_again() -> None:
     try:
         machine.load(read_kernel(spec.kernel), initrd=ramdisk.read_bytes(), cmdline=spec.append)
         timer.arm(1)
-        watched.run(None)
+        watched.run()
     finally:
         watched.close()
         opened.close()

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
+from contextlib import closing
 
 import pytest
 
 from ostler import accel
-from ostler.accel.api import Accel
 from ostler.boot.load import read_kernel
 from ostler.config import GuestSpec
 from ostler.images import initrd, kernels
 from ostler.machine import saved
-from ostler.vmm.console import on_descriptors
-from ostler.vmm.processors import End, EndKind
-from ostler.vmm.run import GuestProcess
+from ostler.testing.watched import watched
+from ostler.vmm.processors import EndKind
 
 # Ticks say where the guest is; what the last line holds depends on every one of them.
 WORKLOAD = b"""#!/bin/busybox sh
@@ -33,61 +30,24 @@ echo "end $sum"
 """
 
 
-class Watched:
-    """A guest's process whose console is read by the test; stops after a line of the guest's."""
-
-    def __init__(self, spec: GuestSpec, opened: Accel) -> None:
-        self.console = bytearray()
-        self._out, inward = os.pipe()
-        self._inward = inward
-        self.process = GuestProcess(spec, opened, on_descriptors(None, inward))
-        self._until: bytes | None = None
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def run(self, until: bytes | None) -> End:
-        """Run to the guest's end, or to when `until` appears on the console."""
-        self._until = until
-        return self.process.run()
-
-    def close(self) -> None:
-        """End the process and hear out its console."""
-        self.process.__exit__(None, None, None)
-        os.close(self._inward)
-        self._reader.join()
-        os.close(self._out)
-
-    def _read(self) -> None:
-        while chunk := os.read(self._out, 4096):
-            self.console += chunk
-            if self._until and self._until in self.console:
-                self._until = None
-                self.process.quit()
-
-
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_saved_state_of_running_linux_goes_on_in_a_new_machine(cpus: int) -> None:
     opened = accel.open("soft")
     kernel = kernels.fetch()
     image = initrd.build({"init": WORKLOAD, "bin/busybox": initrd.busybox_program().read_bytes()})
     spec = GuestSpec(kernel=kernel.image, initrd=image, memory="128M", cpus=cpus, append="console=ttyS0 quiet")
-    first, second = Watched(spec, opened), Watched(spec, opened)
-    try:
+    with closing(opened), watched(spec, opened) as first, watched(spec, opened) as second:
         first.process.machine.load(
             read_kernel(kernel.image), initrd=image.read_bytes(), cmdline="console=ttyS0 quiet panic=-1"
         )
-        assert first.run(until=b"tick 7").kind is EndKind.QUIT
+        assert first.run([(b"tick 7", 0)]).kind is EndKind.QUIT
         state = saved.save(first.process.machine, opened)
         memory = first.process.machine.memory
         saved.copy_memory(
             memory, second.process.machine.memory, {region.start: region.size_bytes for region in memory.regions}
         )
         saved.restore(state, second.process.machine, opened)
-        end = second.run(until=None)
-    finally:
-        first.close()
-        second.close()
-        opened.close()
+        end = second.run()
 
     text = (first.console + second.console).decode()
     assert end.kind is EndKind.POWER_OFF, text[-2000:]

@@ -19,16 +19,13 @@ import json
 import os
 import random
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ostler import accel
 from ostler.abi.kvm.state import Regs
-from ostler.accel.api import Accel
 from ostler.accel.fitting import missing_features
 from ostler.accel.models import DEFAULT_MODEL, model
 from ostler.boot.load import read_kernel
@@ -37,17 +34,14 @@ from ostler.config import GuestSpec
 from ostler.host.folders import cache_root
 from ostler.machine import saved
 from ostler.memory import GuestMemory
-from ostler.vmm.console import ConsoleOutput, on_descriptors
-from ostler.vmm.processors import End, EndKind
-from ostler.vmm.run import GuestProcess
+from ostler.testing.watched import Watched, watched
+from ostler.vmm.processors import EndKind
 
 TICKS = 60
 # The workload stands between the first and this tick when it is saved: it has work left on the other side.
 LAST_STOP = 50
 LONGEST_DELAY_S = 0.1
 PART_BYTES = 64 << 10
-# No guest says this on its console.
-MARK = b"\0"
 MEMORY = "96M"
 APPEND = "console=ttyS0 quiet panic=-1"
 WORKLOAD = f"""#!/bin/busybox sh
@@ -62,59 +56,6 @@ done
 echo "end $sum"
 /bin/busybox poweroff -f
 """.encode()
-
-
-class Watched:
-    """A guest's process whose console is watched; told when a line appeared, in the loop's thread, some time later."""
-
-    def __init__(self, spec: GuestSpec, opened: Accel) -> None:
-        self.console = bytearray()
-        self._out, self._inward = os.pipe()
-        self.process = GuestProcess(spec, opened, on_descriptors(None, self._inward))
-        self._waiting: list[tuple[bytes, float]] = []
-        self._then: Callable[[], None] = self.process.quit
-        self._heard = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def run(self, stops: Sequence[tuple[bytes, float]] = (), then: Callable[[], None] | None = None) -> End:
-        """Run to the guest's end, calling `then` at each stop: so many seconds after that line."""
-        self._waiting, self._then = list(stops), then or self.process.quit
-        return self.process.run()
-
-    def heard(self) -> bytes:
-        """The console so far, with what is still on its way: it is the guest's past, too. Loop's thread."""
-        cast(ConsoleOutput, self.process.console.output).flush()
-        self._heard.clear()
-        os.write(self._inward, MARK)
-        self._heard.wait()
-        return bytes(self.console)
-
-    def close(self) -> None:
-        """End the process and hear out its console."""
-        self.process.__exit__(None, None, None)
-        os.close(self._inward)
-        self._reader.join()
-        os.close(self._out)
-
-    def _read(self) -> None:
-        while chunk := os.read(self._out, 4096):
-            self.console += chunk.replace(MARK, b"")
-            if MARK in chunk:
-                self._heard.set()
-            while self._waiting and self._waiting[0][0] in self.console:
-                _, delay_s = self._waiting.pop(0)
-                threading.Timer(delay_s, self.process.loop.call_soon, (self._then,)).start()
-
-
-@contextmanager
-def watched(spec: GuestSpec, opened: Accel) -> Iterator[Watched]:
-    """A Watched, closed at the end."""
-    guest = Watched(spec, opened)
-    try:
-        yield guest
-    finally:
-        guest.close()
 
 
 def last_line() -> str:
