@@ -74,7 +74,7 @@ def _serve(guest: RunningGuest, wanted: Plan, phases: Phases, *, tty: bool | Non
 def run_detached(request: GuestRequest, *, remove: bool) -> None:
     """Start the guest, wait until its agent answers and its command runs, print its name and leave it alone.
 
-    A guest that was given no command runs until it is stopped.
+    A guest that was given no command, and whose image has none that works without a terminal, runs until it is stopped.
     """
     with progress.shown() as shown, ExitStack() as undo:
         wanted = plan.make(request, progress=shown)

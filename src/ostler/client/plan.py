@@ -6,6 +6,7 @@ brings its own image along: the one it was made of.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 GUEST_CID = 3
 SHELL = ("/bin/sh", "-l")
+# What images of systems and languages have as their command: programs that talk to whoever is at a terminal.
+_TALKERS = frozenset({"ash", "bash", "dash", "fish", "ksh", "sh", "zsh", "irb", "node", "python", "python3"})
+_TALKER_OPTIONS = frozenset({"-", "-i", "-l", "--login"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +39,8 @@ class Plan:
     boot: str
     """`agent` or `init`: who the guest's first process is."""
     is_service: bool
-    """Whether the command is one to stay with: it was given, or it is what a registry's image is there for, and not
-    the shell of a system."""
+    """Whether the command is one to stay with when nobody is attached: it was given, or it is what a registry's image
+    is there for, and not a shell. A guest without one stays until it is stopped."""
     is_durable: bool
     """Whether it may have written to something that outlives it, and so has to be shut down in order."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +83,9 @@ def make(request: GuestRequest, *, progress: Progress = silent) -> Plan:
         # What the guest has mapped into memory reaches a shared folder when it is told to.
         or any(not share.read_only for share in request.volumes)
     )
-    is_service = bool(request.command) or image.config.source == "oci"
+    is_service = bool(request.command) or (
+        image.config.source == "oci" and not needs_a_terminal(image.config.arguments())
+    )
     return Plan(
         name=name,
         spec=spec,
@@ -90,6 +96,14 @@ def make(request: GuestRequest, *, progress: Progress = silent) -> Plan:
         facts={**_facts(request, image), "durable": is_durable, "service": is_service},
         settings=_settings(request, name),
     )
+
+
+def needs_a_terminal(argv: Sequence[str]) -> bool:
+    """Whether a command is a shell or the like that has nothing to do without a terminal, and would end at once."""
+    if not argv:
+        return False
+    program, *options = argv
+    return program.rpartition("/")[2] in _TALKERS and _TALKER_OPTIONS.issuperset(options)
 
 
 def _image(name: str, persistent: str | None, progress: Progress) -> Image:

@@ -58,6 +58,36 @@ def test_images_defaults_are_filled_in_and_given_way_to(image: ImageConfig) -> N
     assert (make().job.user, make().job.cwd) == ("www", "/srv")
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ((), False),
+        (("bash",), True),
+        (("/bin/sh", "-l"), True),
+        (("python3",), True),
+        (("sh", "-c", "serve"), False),
+        (("python3", "app.py"), False),
+        (("nginx", "-g", "daemon off;"), False),
+    ],
+)
+def test_only_a_shell_without_work_needs_a_terminal(argv: tuple[str, ...], expected: bool) -> None:  # noqa: FBT001
+    assert plan.needs_a_terminal(argv) is expected
+
+
+@pytest.mark.parametrize(("command", "service"), [(("bash",), False), (("nginx",), True)])
+def test_registry_image_whose_command_is_a_shell_stays_until_it_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, image: ImageConfig, command: tuple[str, ...], service: bool  # noqa: FBT001
+) -> None:  # fmt: skip
+    config = image.model_copy(update={"source": "oci", "command": command})
+    monkeypatch.setattr(plan, "ensure", lambda *_: Image("system", "d" * 64, Path("/images/d"), config))
+
+    made = make()
+
+    assert made.is_service is service
+    assert made.facts["service"] is service
+    assert make(command=["bash"]).is_service
+
+
 @pytest.mark.usefixtures("image")
 @pytest.mark.parametrize(
     ("staying", "passing"),
