@@ -5,6 +5,7 @@ use super::op::{Handler, Op, ADDR16, ADDR32, LOCK, OP16, OP64, REP, REPNE, SLOW}
 use super::state::CodeSize;
 use super::{table, Cpu, R, RIP_BASE, ZERO};
 use crate::host::thunk::{Thunk, ThunkCache};
+use crate::host::vex::is_vex;
 use iced_x86::{Code, Instruction, OpKind, Register};
 use std::sync::Arc;
 
@@ -272,6 +273,8 @@ pub fn bind(ins: &Instruction, bytes: &[u8], size: CodeSize, thunks: &mut Thunks
     let mut binder = Binder::new(ins, bytes, size, thunks);
     let handler = match ins.code() {
         Code::INVALID => None,
+        // Real mode has no VEX encodings; 16-bit code of protected mode, which nobody writes, goes without.
+        code if size == CodeSize::B16 && is_vex(code) => None,
         _ => table::row(ins.mnemonic()).and_then(|row| (row.bind)(&mut binder)),
     };
     let mut op = binder.op;

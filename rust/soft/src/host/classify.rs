@@ -8,6 +8,7 @@
 
 use std::sync::OnceLock;
 
+use super::vex;
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 /// Which of the interpreter's availability checks apply (CR0.EM/TS/MP, CR4.OSFXSR).
@@ -25,6 +26,8 @@ pub enum Class {
     X87,
     /// FWAIT: #NM only when both CR0.MP and CR0.TS are set.
     Wait,
+    /// VEX encodings of vector instructions; may raise #XM.
+    Avx,
 }
 
 /// Whether thunks cover `code` on this host.
@@ -42,7 +45,7 @@ fn in_scope(code: Code) -> bool {
         return true;
     }
     let info = code.op_code();
-    info.encoding() == EncodingKind::Legacy
+    matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
         && !info.fwait()
         && !code.cpuid_features().is_empty()
         && code.cpuid_features().iter().all(|&feature| covered_feature(feature))
@@ -68,6 +71,10 @@ fn covered_feature(feature: CpuidFeature) -> bool {
             | F::AES
             | F::PCLMULQDQ
             | F::SHA
+            | F::AVX
+            | F::AVX2
+            | F::FMA
+            | F::F16C
     )
 }
 
@@ -86,7 +93,7 @@ fn is_left_out(code: Code) -> bool {
             | M::Movnti
             | M::Crc32
             | M::Pause
-    )
+    ) || vex::is_selective(mnemonic)
 }
 
 fn host_feature(feature: CpuidFeature) -> bool {
@@ -107,7 +114,7 @@ fn host_feature(feature: CpuidFeature) -> bool {
         F::SSSE3 => std::is_x86_feature_detected!("ssse3"),
         F::SSE4_1 => std::is_x86_feature_detected!("sse4.1"),
         F::SSE4_2 => std::is_x86_feature_detected!("sse4.2"),
-        _ => true,
+        other => vex::host_feature(other).unwrap_or(true),
     }
 }
 
@@ -115,7 +122,9 @@ fn host_feature(feature: CpuidFeature) -> bool {
 pub fn class(ins: &Instruction) -> Class {
     let code = ins.code();
     let is_x87 = |f: &CpuidFeature| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387);
-    if code == Code::Wait {
+    if vex::is_vex(code) {
+        Class::Avx
+    } else if code == Code::Wait {
         Class::Wait
     } else if code.cpuid_features().iter().any(is_x87) {
         Class::X87
@@ -144,12 +153,19 @@ fn has_register(ins: &Instruction, wanted: fn(Register) -> bool) -> bool {
 
 /// Whether the instruction obeys MXCSR or sets its flags.
 pub fn uses_mxcsr(code: Code) -> bool {
-    use Mnemonic as M;
+    if vex::is_vex(code) {
+        return vex::uses_mxcsr(code);
+    }
     // Sse packed compares share their mnemonic with the string instruction CMPSD.
     if code == Code::Cmpsd_xmm_xmmm64_imm8 {
         return true;
     }
-    let mnemonic = code.mnemonic();
+    mnemonic_uses_mxcsr(code.mnemonic())
+}
+
+/// The same by the name of an instruction of the legacy encodings, scalar compares of doubles left out.
+pub(super) fn mnemonic_uses_mxcsr(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
     if arithmetic_lanes(mnemonic).is_some() {
         return true;
     }
@@ -230,8 +246,26 @@ pub fn arithmetic_lanes(mnemonic: Mnemonic) -> Option<Lanes> {
     Some(Lanes { double, count })
 }
 
+/// The same for VEX encodings too.
+pub fn result_lanes(code: Code) -> Option<Lanes> {
+    if vex::is_vex(code) {
+        vex::arithmetic_lanes(code)
+    } else {
+        arithmetic_lanes(code.mnemonic())
+    }
+}
+
+/// Whether a memory operand of the instruction's whole vector must be aligned to its size.
+pub fn is_aligned(ins: &Instruction) -> bool {
+    if vex::is_vex(ins.code()) {
+        vex::is_aligned(ins.mnemonic())
+    } else {
+        !is_unaligned(ins.mnemonic())
+    }
+}
+
 /// Whether a memory operand of 16 bytes may be unaligned.
-pub fn is_unaligned(mnemonic: Mnemonic) -> bool {
+fn is_unaligned(mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         mnemonic,
@@ -258,6 +292,6 @@ pub fn is_waiting(ins: &Instruction) -> bool {
     match class(ins) {
         Class::X87 => !no_wait,
         Class::Mmx | Class::SseMmx | Class::Wait => true,
-        Class::SseInt | Class::SseFp => false,
+        Class::SseInt | Class::SseFp | Class::Avx => false,
     }
 }

@@ -42,6 +42,10 @@ pub enum ControlOp {
     MaskmovXmm(u8, u8),
     /// MASKMOVQ of data and mask register.
     MaskmovMm(u8, u8),
+    /// VZEROUPPER.
+    ZeroUpper,
+    /// VZEROALL.
+    ZeroAll,
 }
 
 /// The control instruction and its memory operand, if `ins` is one.
@@ -51,8 +55,8 @@ pub fn control_op(ins: &Instruction) -> Option<(ControlOp, MemAccess)> {
     Some(match ins.code() {
         Code::Wait | Code::Fneni | Code::Fndisi | Code::Fnsetpm => (Op::Nothing, MemAccess::None),
         Code::Emms => (Op::Emms, MemAccess::None),
-        Code::Ldmxcsr_m32 => (Op::Ldmxcsr, Read(4)),
-        Code::Stmxcsr_m32 => (Op::Stmxcsr, Write(4)),
+        Code::Ldmxcsr_m32 | Code::VEX_Vldmxcsr_m32 => (Op::Ldmxcsr, Read(4)),
+        Code::Stmxcsr_m32 | Code::VEX_Vstmxcsr_m32 => (Op::Stmxcsr, Write(4)),
         Code::Fnclex => (Op::Fnclex, MemAccess::None),
         Code::Fninit => (Op::Fninit, MemAccess::None),
         Code::Fldcw_m2byte => (Op::Fldcw, Read(2)),
@@ -67,7 +71,9 @@ pub fn control_op(ins: &Instruction) -> Option<(ControlOp, MemAccess)> {
         Code::Frstor_m108byte => (Op::Frstor(true), Read(108)),
         Code::Fnsave_m94byte => (Op::Fnsave(false), Write(94)),
         Code::Fnsave_m108byte => (Op::Fnsave(true), Write(108)),
-        Code::Maskmovdqu_rDI_xmm_xmm => {
+        Code::VEX_Vzeroupper => (Op::ZeroUpper, MemAccess::None),
+        Code::VEX_Vzeroall => (Op::ZeroAll, MemAccess::None),
+        Code::Maskmovdqu_rDI_xmm_xmm | Code::VEX_Vmaskmovdqu_rDI_xmm_xmm => {
             let [data, mask] = register_pair(ins);
             (Op::MaskmovXmm(data, mask), MaskedWrite(16))
         }
@@ -122,6 +128,14 @@ pub fn run(
         ControlOp::MaskmovXmm(data, mask) => {
             let (data, mask) = (fp.xmm(data.into()), fp.xmm(mask.into()));
             masked(scratch, &data.to_le_bytes(), &mask.to_le_bytes());
+        }
+        ControlOp::ZeroUpper | ControlOp::ZeroAll => {
+            for index in 0..if context.long_mode { 16 } else { 8 } {
+                fp.set_ymm_high(index, 0);
+                if op == ControlOp::ZeroAll {
+                    fp.set_xmm(index, 0);
+                }
+            }
         }
         ControlOp::MaskmovMm(data, mask) => {
             fp.enter_mmx();

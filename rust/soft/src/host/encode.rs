@@ -10,7 +10,7 @@
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
 
-use super::fpstate::{MXCSR, ST, XMM};
+use super::fpstate::{MXCSR, ST, XMM, YMM_HIGH};
 
 /// How an instruction gets the guest's MXCSR, and the guest the flags it raised.
 ///
@@ -41,6 +41,8 @@ pub struct Environment {
     pub reads_flags: bool,
     /// The instruction writes arithmetic flags.
     pub writes_flags: bool,
+    /// Vector registers have upper halves: a VEX instruction.
+    pub wide: bool,
 }
 
 const STMXCSR_HOST: &[u8] = &[0x0F, 0xAE, 0x5C, 0x24, 0xF0]; // stmxcsr [rsp-16], below the push
@@ -83,6 +85,7 @@ const STORE_X87: &[&[u8]] = &[
     &[0xEB, 0x02], // jmp past fninit
     &[0xDB, 0xE3], // fninit
 ];
+const VZEROUPPER: &[u8] = &[0xC5, 0xF8, 0x77];
 const EMMS: &[u8] = &[0x0F, 0x77];
 const LOAD_FLAGS: &[u8] = &[0x51, 0x9D]; // push rcx; popfq
 const SAVE_FLAGS: &[u8] = &[0x9F, 0x0F, 0x90, 0xC0]; // lahf; seto al
@@ -117,7 +120,7 @@ pub fn encode(ins: &Instruction, environment: Environment, factory: &mut Instruc
     if environment.x87 {
         code.extend(LOAD_X87.concat());
     }
-    placed.iter().for_each(|p| load(&mut code, p));
+    placed.iter().for_each(|p| load(&mut code, p, environment.wide));
     if swapped {
         code.extend(LDMXCSR_GUEST);
     }
@@ -126,7 +129,7 @@ pub fn encode(ins: &Instruction, environment: Environment, factory: &mut Instruc
     }
     code.extend(body);
     // None of the stores changes a flag, and RAX is stored before the flags take its place.
-    placed.iter().filter(|p| p.written).for_each(|p| store(&mut code, p));
+    placed.iter().filter(|p| p.written).for_each(|p| store(&mut code, p, environment.wide));
     if environment.writes_flags {
         code.extend(SAVE_FLAGS);
     }
@@ -140,6 +143,10 @@ fn leave(code: &mut Vec<u8>, environment: Environment) {
         code.extend(STORE_X87.concat());
     } else if environment.mmx {
         code.extend(EMMS);
+    }
+    if environment.wide {
+        // Upper halves in use would slow down the host's own SSE instructions.
+        code.extend(VZEROUPPER);
     }
     match environment.mxcsr {
         Mxcsr::Shared => code.extend(ADD_FLAGS_TO_GUEST.concat()),
@@ -186,11 +193,11 @@ fn addressing_registers(ins: &Instruction) -> [Register; 2] {
 
 /// PCMPESTRx are the only instructions here whose implicit GPRs may also form the address.
 fn implicit_operand(ins: &Instruction, guest: Register) -> bool {
-    use iced_x86::Mnemonic::{Pcmpestri, Pcmpestri64, Pcmpestrm, Pcmpestrm64, Pcmpistri, Vpcmpestri};
+    use iced_x86::Mnemonic::{Pcmpestri, Pcmpestri64, Pcmpestrm, Pcmpestrm64, Pcmpistri};
     let lengths = matches!(guest, Register::RAX | Register::RDX);
     let index = guest == Register::RCX;
-    match ins.mnemonic() {
-        Pcmpestri | Pcmpestri64 | Vpcmpestri => lengths || index,
+    match super::vex::plain(ins.mnemonic()) {
+        Pcmpestri | Pcmpestri64 => lengths || index,
         Pcmpestrm | Pcmpestrm64 => lengths,
         Pcmpistri => index,
         _ => false,
@@ -249,18 +256,20 @@ fn stand_in(register: Register, second: bool) -> Option<Register> {
     }
 }
 
-fn load(code: &mut Vec<u8>, placed: &Placed) {
+fn load(code: &mut Vec<u8>, placed: &Placed, wide: bool) {
     let number = placed.guest.number();
     if placed.guest.is_mm() {
         rsi_relative(code, 0x6F, number, ST + 16 * number); // movq mm, [rsi+..]
     } else if placed.guest.is_gpr() {
         rdi_relative(code, 0x8B, placed);
+    } else if wide {
+        load_ymm(code, number);
     } else {
         rsi_relative(code, 0x28, number, XMM + 16 * number); // movaps xmm, [rsi+..]
     }
 }
 
-fn store(code: &mut Vec<u8>, placed: &Placed) {
+fn store(code: &mut Vec<u8>, placed: &Placed, wide: bool) {
     let number = placed.guest.number();
     if placed.guest.is_mm() {
         rsi_relative(code, 0x7F, number, ST + 16 * number);
@@ -270,9 +279,33 @@ fn store(code: &mut Vec<u8>, placed: &Placed) {
         code.extend([0xFF, 0xFF]);
     } else if placed.guest.is_gpr() {
         rdi_relative(code, 0x89, placed);
+    } else if wide {
+        store_ymm(code, number);
     } else {
         rsi_relative(code, 0x29, number, XMM + 16 * number);
     }
+}
+
+/// VMOVAPS of the lower half of a YMM register and VINSERTF128 of the upper one, from their slots.
+fn load_ymm(code: &mut Vec<u8>, number: usize) {
+    vex_rsi_relative(code, &[1, 0x78, 0x28], number, XMM + 16 * number);
+    let and_lower_half = (!number as u8 & 15) << 3;
+    vex_rsi_relative(code, &[3, 0x05 | and_lower_half, 0x18], number, YMM_HIGH + 16 * number);
+    code.push(1);
+}
+
+/// VMOVAPS and VEXTRACTF128 to the slots.
+fn store_ymm(code: &mut Vec<u8>, number: usize) {
+    vex_rsi_relative(code, &[1, 0x78, 0x29], number, XMM + 16 * number);
+    vex_rsi_relative(code, &[3, 0x7D, 0x19], number, YMM_HIGH + 16 * number);
+    code.push(1);
+}
+
+/// A VEX instruction of register and `[rsi+offset]`: map, last prefix byte, opcode.
+fn vex_rsi_relative(code: &mut Vec<u8>, [map, prefix, opcode]: &[u8; 3], number: usize, offset: usize) {
+    let extension = if number >= 8 { 0x60 } else { 0xE0 };
+    code.extend([0xC4, extension | map, *prefix, *opcode, 0x86 | ((number & 7) << 3) as u8]);
+    code.extend((offset as u32).to_le_bytes());
 }
 
 /// `0F opcode reg, [rsi+offset]`.

@@ -20,6 +20,7 @@ pub mod fxsave;
 pub mod kvm;
 pub mod soft_crypto;
 pub mod thunk;
+pub mod vex;
 pub mod xsave;
 
 #[cfg(test)]

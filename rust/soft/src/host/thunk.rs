@@ -114,6 +114,8 @@ pub struct ExecContext {
     pub rflags: u64,
     /// Real-address or virtual-8086 mode: layout of FNSTENV and FNSAVE images.
     pub real_mode: bool,
+    /// 64-bit mode: VZEROALL and VZEROUPPER clear sixteen registers instead of eight.
+    pub long_mode: bool,
 }
 
 type NativeFn = unsafe extern "sysv64" fn(*mut u64, *mut FpState, *mut u8, u64) -> u64;
@@ -142,7 +144,7 @@ pub struct Thunk {
     pub class: Class,
     /// Its memory operand.
     pub mem: MemAccess,
-    /// Required alignment of the memory operand (16, or 1 for none); a violation is #GP(0).
+    /// Required alignment of the memory operand (16, 32, or 1 for none); a violation is #GP(0).
     pub mem_align: u8,
     /// Whether it replaces the arithmetic flags.
     pub writes_flags: bool,
@@ -159,7 +161,7 @@ pub struct Thunk {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     code: u16,
-    registers: [u16; 3],
+    registers: [u16; 4],
     immediate: u8,
     memory: bool,
     opcode: u16,
@@ -223,17 +225,17 @@ impl ThunkCache {
             mmx: classify::enters_mmx(ins),
             mxcsr: classify::uses_mxcsr(ins.code()),
             opcode,
-            underflow: classify::arithmetic_lanes(ins.mnemonic())
-                .map(|lanes| (ins.op0_register().number() as u8, lanes)),
+            underflow: classify::result_lanes(ins.code()).map(|lanes| (ins.op0_register().number() as u8, lanes)),
             body: Body::Control(ControlOp::Nothing),
         };
         if let Some((op, mem)) = control::control_op(ins) {
             (thunk.body, thunk.mem) = (Body::Control(op), mem);
             return Some(thunk);
         }
-        if matches!(thunk.mem, MemAccess::Read(16) | MemAccess::Write(16)) && !classify::is_unaligned(ins.mnemonic()) {
-            thunk.mem_align = 16;
-        }
+        thunk.mem_align = match thunk.mem {
+            MemAccess::Read(size @ (16 | 32)) | MemAccess::Write(size @ (16 | 32)) if classify::is_aligned(ins) => size,
+            _ => 1,
+        };
         thunk.body = match soft_crypto::function(ins.code()) {
             Some(function) if !classify::host_has(ins.code()) => xmm_body(ins, function),
             _ => Body::Native(self.native(ins, &thunk)?),
@@ -248,6 +250,7 @@ impl ThunkCache {
             mmx: thunk.mmx,
             reads_flags: ins.rflags_read() & ARITHMETIC_BITS != 0,
             writes_flags: thunk.writes_flags,
+            wide: thunk.class == Class::Avx,
         };
         let mut code = encode(ins, environment, &mut self.factory)?;
         let mut second = 0;
@@ -300,7 +303,7 @@ fn key(ins: &Instruction, bytes: &[u8]) -> Key {
     let immediate = (0..ins.op_count()).find(|&i| ins.op_kind(i) == OpKind::Immediate8);
     Key {
         code: ins.code() as u16,
-        registers: [0, 1, 2].map(|i| if is_register(i) { register(i) as u16 } else { 0 }),
+        registers: [0, 1, 2, 3].map(|i| if is_register(i) { register(i) as u16 } else { 0 }),
         immediate: immediate.map_or(0, |_| ins.immediate8()),
         memory: (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Memory),
         opcode: if classify::class(ins) == Class::X87 { x87_opcode(bytes) } else { 0 },
@@ -451,8 +454,10 @@ fn has_tiny_lane(thunk: &Thunk, fp: &FpState) -> bool {
     let Some((register, lanes)) = thunk.underflow else {
         return false;
     };
-    let value = fp.xmm(register.into());
+    let halves = [fp.xmm(register.into()), fp.ymm_high(register.into())];
+    let per_half = if lanes.double { 2 } else { 4 };
     (0..u32::from(lanes.count)).any(|lane| {
+        let (value, lane) = (halves[(lane / per_half) as usize & 1], lane % per_half);
         if lanes.double {
             f64::from_bits((value >> (64 * lane)) as u64).is_subnormal()
         } else {

@@ -1,12 +1,14 @@
 //! CPUID tables: what the engine can give (KVM_GET_SUPPORTED_CPUID) and what a vCPU shows.
 //!
 //! SDM vol. 2A, CPUID; Documentation/virt/kvm/x86/cpuid.rst for leaves 0x4000_00xx. The set is that
-//! of the instructions the interpreter has; it is the same on every host. What a guest sees is
-//! user space's choice, made with KVM_SET_CPUID2.
+//! of the instructions the interpreter has; it is the same on every host, but that AVX, AVX2, FMA and
+//! F16C are offered where the host has them all. What a guest sees is user space's choice, made with KVM_SET_CPUID2.
 
 use super::{get_at, put_at, Answer};
 use crate::cpu::state::{CpuidEntry, CpuidTable};
 use crate::cpu::Cpu;
+use crate::host::fpstate::YMM_HIGH;
+use crate::host::vex::host_has_all;
 use kvm_bindings::{kvm_cpuid_entry2, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
 
 /// KVM_MAX_CPUID_ENTRIES.
@@ -21,6 +23,10 @@ const INDEXED: [u32; 4] = [0x4, 0x7, 0xb, 0xd];
 const LEAF1_EDX: u32 = bits(&[0, 2, 3, 4, 5, 6, 8, 9, 11, 13, 15, 16, 17, 19, 23, 24, 25, 26]);
 /// SSE3 PCLMULQDQ SSSE3 CX16 PCID SSE4.1 SSE4.2 X2APIC MOVBE POPCNT TSC-deadline AES XSAVE RDRAND hypervisor.
 const LEAF1_ECX: u32 = bits(&[0, 1, 9, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 30, 31]);
+/// FMA AVX F16C.
+const LEAF1_ECX_VEX: u32 = bits(&[12, 28, 29]);
+/// AVX2.
+const LEAF7_EBX_VEX: u32 = bits(&[5]);
 /// FSGSBASE TSC_ADJUST BMI1 SMEP BMI2 ERMS INVPCID RDSEED ADX SMAP CLFLUSHOPT SHA.
 const LEAF7_EBX: u32 = bits(&[0, 1, 3, 7, 8, 9, 10, 18, 19, 20, 23, 29]);
 /// UMIP PKU PKS.
@@ -41,8 +47,10 @@ const KVM_FEATURES: u32 = bits(&[0, 1, 3, 7, 24]);
 const LAPIC_KHZ: u32 = 1_000_000;
 /// MAXPHYADDR offered.
 const PHYSICAL_BITS: u32 = 46;
-/// Legacy area and header of an XSAVE image: no further component is offered.
+/// Legacy area and header of an XSAVE image.
 const XSAVE_BYTES: u32 = 576;
+/// The component of YMM registers' upper halves, behind them.
+const YMM_BYTES: u32 = 256;
 
 const fn bits(list: &[u32]) -> u32 {
     let (mut mask, mut index) = (0, 0);
@@ -61,19 +69,23 @@ fn words(text: &[u8; 12]) -> [u32; 3] {
 /// Everything the engine supports, as `(function, index, [eax, ebx, ecx, edx])`.
 fn table(tsc_khz: u32) -> Vec<(u32, u32, [u32; 4])> {
     let vendor = words(b"GenuntelineI");
+    let vex = host_has_all();
+    let only_vex = |mask: u32| if vex { mask } else { 0 };
+    let (components, area) = (3 | only_vex(4), XSAVE_BYTES + only_vex(YMM_BYTES));
     let kvm = words(b"KVMKVMKVM\0\0\0");
     vec![
         (0x0, 0, [0x16, vendor[0], vendor[1], vendor[2]]),
-        (0x1, 0, [0x000f_06e1, 8 << 8, LEAF1_ECX, LEAF1_EDX]),
+        (0x1, 0, [0x000f_06e1, 8 << 8, LEAF1_ECX | only_vex(LEAF1_ECX_VEX), LEAF1_EDX]),
         (0x2, 0, [0x00ff01, 0, 0, 0]),
         (0x4, 0, [0, 0, 0, 0]),
         (0x6, 0, [1 << 2, 0, 0, 0]),
-        (0x7, 0, [2, LEAF7_EBX, LEAF7_ECX, LEAF7_EDX]),
+        (0x7, 0, [2, LEAF7_EBX | only_vex(LEAF7_EBX_VEX), LEAF7_ECX, LEAF7_EDX]),
         (0x7, 1, [0, 0, 0, 0]),
         (0x7, 2, [0, 0, 0, LEAF7_2_EDX]),
         (0xb, 0, [0, 0, 0, 0]),
-        (0xd, 0, [3, XSAVE_BYTES, XSAVE_BYTES, 0]),
-        (0xd, 1, [LEAFD1_EAX, XSAVE_BYTES, 0, 0]),
+        (0xd, 0, [components, area, area, 0]),
+        (0xd, 1, [LEAFD1_EAX, area, 0, 0]),
+        (0xd, 2, [only_vex(YMM_BYTES), only_vex(YMM_HIGH as u32), 0, 0]),
         (0x15, 0, [LAPIC_KHZ, tsc_khz, LAPIC_KHZ * 1000, 0]),
         (0x16, 0, [tsc_khz / 1000, tsc_khz / 1000, 100, 0]),
         (0x4000_0000, 0, [0x4000_0010, kvm[0], kvm[1], kvm[2]]),

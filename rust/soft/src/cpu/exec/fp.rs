@@ -12,6 +12,8 @@ use crate::host::classify::Class;
 use crate::host::fpstate::x87_pending;
 use crate::host::fxsave::{fxrstor, fxsave, Format, FXSAVE_BYTES};
 use crate::host::thunk::{exec, ExecContext, MemAccess, Outcome, Scratch, Thunk};
+use crate::host::vex::is_vex;
+use crate::host::xsave::{AVX, SSE};
 use crate::rows;
 
 impl Cpu {
@@ -23,6 +25,7 @@ impl Cpu {
         let undefined = match class {
             Class::X87 | Class::Wait => false,
             Class::Mmx => em,
+            Class::Avx => return self.avx_available(),
             _ => em || sse && self.cr4 & cr4::OSFXSR == 0,
         };
         if undefined {
@@ -40,12 +43,41 @@ impl Cpu {
     }
 }
 
+impl Cpu {
+    /// #UD or #NM where VEX encodings of vector instructions cannot be executed. SDM vol. 2A, 2.4.
+    #[inline]
+    pub fn avx_available(&mut self) -> R {
+        const YMM: u64 = SSE | AVX;
+        if self.cr4 & cr4::OSXSAVE == 0 || self.xcr0 & YMM != YMM || !self.protected() || self.vm86() {
+            return Err(self.ud());
+        }
+        if self.cr0 & cr0::TS != 0 {
+            return Err(self.raise(vector::NM, None));
+        }
+        Ok(())
+    }
+}
+
+unsafe fn run_vex(cpu: &mut Cpu, op: &Op) -> R {
+    cpu.avx_available()?;
+    // SAFETY: as in run().
+    unsafe { run_available(cpu, op) }
+}
+
 unsafe fn run(cpu: &mut Cpu, op: &Op) -> R {
     // SAFETY: bind() put the address of a thunk there that the block's cache keeps alive.
     let thunk = unsafe { &*(op.imm as *const Thunk) };
     if cpu.cr0 & (cr0::EM | cr0::TS) != 0 || cpu.cr4 & cr4::OSFXSR == 0 {
         cpu.fp_available(thunk.class)?;
     }
+    // SAFETY: as above.
+    unsafe { run_available(cpu, op) }
+}
+
+#[inline(always)]
+unsafe fn run_available(cpu: &mut Cpu, op: &Op) -> R {
+    // SAFETY: as in run().
+    let thunk = unsafe { &*(op.imm as *const Thunk) };
     // #MF comes before anything about the operand.
     if thunk.waits && x87_pending(&cpu.fp) {
         return Err(cpu.math_fault());
@@ -118,6 +150,7 @@ fn execute(cpu: &mut Cpu, op: &Op, thunk: &Thunk, scratch: &mut Scratch) -> R<bo
         mem_offset: if thunk.class == Class::X87 { cpu.effective_masked(op) } else { 0 },
         rflags: if needs_flags { cpu.rflags() } else { 2 },
         real_mode: !cpu.protected(),
+        long_mode: cpu.code_size == CodeSize::B64,
     };
     let Some(regs) = cpu.regs.first_chunk_mut::<16>() else { unreachable!("the file has 18 slots") };
     let outcome = exec(thunk, regs, &mut cpu.fp, scratch, &mut context);
@@ -201,7 +234,7 @@ pub fn bind(b: &mut Binder) -> Option<Handler> {
         b.masked_move_operand();
     }
     b.op.imm = b.thunk()? as usize as u64;
-    Some(run)
+    Some(if is_vex(b.ins.code()) { run_vex } else { run })
 }
 
 // ---- FXSAVE, FXRSTOR -----------------------------------------------------------------------

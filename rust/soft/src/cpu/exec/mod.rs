@@ -1,6 +1,7 @@
 //! The instruction handlers, by family; each file brings its rows of the opcode table.
 
 pub mod alu;
+pub mod avx;
 pub mod bits;
 pub mod control;
 pub mod far;
@@ -22,6 +23,7 @@ use super::table::Row;
 /// The rows of all families.
 pub const ROWS: &[&[Row]] = &[
     alu::ROWS,
+    avx::ROWS,
     bits::ROWS,
     flow::ROWS,
     fp::ROWS,

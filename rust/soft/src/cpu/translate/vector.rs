@@ -3,7 +3,7 @@
 //! also needs the guest's MXCSR in force, which is possible only while it masks all exceptions: a
 //! SIMD exception must never reach the host.
 
-use crate::host::classify::{class, host_has, is_unaligned, supported, uses_mxcsr, Class};
+use crate::host::classify::{class, host_has, is_aligned, supported, uses_mxcsr, Class};
 use crate::host::control::control_op;
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -31,7 +31,7 @@ pub fn level(ins: &Instruction) -> u8 {
 /// The alignment the memory operand must have, or else #GP(0).
 pub fn alignment(ins: &Instruction) -> usize {
     let memory = (0..ins.op_count()).any(|index| ins.op_kind(index) == OpKind::Memory);
-    if memory && ins.memory_size().size() == 16 && !is_unaligned(ins.mnemonic()) {
+    if memory && ins.memory_size().size() == 16 && is_aligned(ins) {
         16
     } else {
         1

@@ -59,6 +59,7 @@ impl Random {
     fn fp_state(&mut self) -> FpState {
         let mut fp = FpState::initial();
         (0..16).for_each(|i| fp.set_xmm(i, u128::from(self.u64()) << 64 | u128::from(self.u64())));
+        (0..16).for_each(|i| fp.set_ymm_high(i, u128::from(self.u64()) << 64 | u128::from(self.u64())));
         for slot in 0..8 {
             let mut value = [0; 10];
             let exponent = [0x3FFF, 0x4005, 0, 0x7FFF, 0xBFFE, 0x3FC0, 0x403D][self.below(7) as usize];
@@ -101,12 +102,28 @@ fn encodings(random: &mut Random) -> Vec<Vec<u8>> {
             }
         }
     }
+    vex_encodings(&mut list, random);
     for opcode in 0xD8..=0xDF {
         list.extend((0xC0..=0xFF).map(|modrm| vec![opcode, modrm]));
         list.extend((0..8).map(|reg| vec![opcode, reg << 3 | 3]));
         list.extend((0..8).map(|reg| vec![0x66, opcode, reg << 3 | 3]));
     }
     list
+}
+
+/// Three-byte VEX over its maps, with and without a third operand.
+fn vex_encodings(list: &mut Vec<Vec<u8>>, random: &mut Random) {
+    for choice in 0..3 * 16 * 2 * 256_usize {
+        let (opcode, low, map) = (choice as u8, (choice >> 8 & 0xF) as u8, 1 + (choice >> 12) as u8 % 3);
+        let vvvv = if choice < 3 << 12 { 15 } else { random.next() as u8 & 15 };
+        // L and pp in the low bits, W on top.
+        let last = (low & 8) << 4 | vvvv << 3 | low & 7;
+        let maps: [&[u8]; 3] = [&[0x0F], &[0x0F, 0x38], &[0x0F, 0x3A]];
+        for modrm in modrms(maps[usize::from(map) - 1], opcode, random) {
+            let extension = random.next() as u8 & 0xE0 | if modrm < 0xC0 { 0x20 } else { 0 };
+            list.push(vec![0xC4, extension | map, last, opcode, modrm, random.next() as u8]);
+        }
+    }
 }
 
 fn prefixes() -> impl Iterator<Item = (Option<u8>, u8)> {
@@ -172,7 +189,7 @@ fn compare(
     let thunk = cache.get(ins, bytes).expect("covered");
     let mut memory = Scratch::new();
     memory.0.chunks_mut(8).for_each(|c| c.copy_from_slice(&random.u64().to_le_bytes()));
-    if ins.code() == Code::Ldmxcsr_m32 {
+    if matches!(ins.code(), Code::Ldmxcsr_m32 | Code::VEX_Vldmxcsr_m32) {
         memory.0[..4].copy_from_slice(&(0x1F80 | random.next() as u32 & 0xE07F).to_le_bytes());
     }
     let original = memory.clone();
@@ -189,13 +206,14 @@ fn compare(
     let before = (guest, fp.clone());
 
     oracle.run(bytes, &mut host, &mut host_fp);
-    let mut context = ExecContext { rflags: guest[16], ..ExecContext::default() };
+    let mut context = ExecContext { rflags: guest[16], long_mode: true, ..ExecContext::default() };
     let mut gprs: [u64; 16] = std::array::from_fn(|i| guest[i]);
     let outcome = exec(&thunk, &mut gprs, &mut fp, &mut scratch, &mut context);
 
     host[4] = gprs[4];
     // FOP, FIP, FDP and the MXCSR mask are the host's in the oracle's image.
-    let state = |fp: &FpState| [&fp.bytes()[..6], &fp.bytes()[24..28], &fp.bytes()[32..416]].concat();
+    let state =
+        |fp: &FpState| [&fp.bytes()[..6], &fp.bytes()[24..28], &fp.bytes()[32..416], &fp.bytes()[576..832]].concat();
     let expected = match outcome {
         Outcome::DoneWithoutStore => original.0,
         _ => stored(&thunk.mem, &scratch, &before, ins, &memory),
@@ -277,10 +295,11 @@ fn random_bytes_in_every_mode_have_a_thunk_and_leave_the_host_as_it_was() {
     let mut random = Random(0x0BAD_5EED_0BAD_5EED);
     let mut cache = ThunkCache::new().expect("code memory");
     let before = host_environment();
-    let starts: [&[u8]; 6] = [&[0x0F], &[0x66, 0x0F], &[0xF3, 0x0F], &[0xF2, 0x0F], &[0xD8], &[0x66, 0x0F, 0x3A]];
+    let starts: [&[u8]; 8] =
+        [&[0x0F], &[0x66, 0x0F], &[0xF3, 0x0F], &[0xF2, 0x0F], &[0xD8], &[0x66, 0x0F, 0x3A], &[0xC4], &[0xC5]];
     let mut ran = 0;
     for _ in 0..60_000 {
-        let mut bytes = starts[random.below(6) as usize].to_vec();
+        let mut bytes = starts[random.below(8) as usize].to_vec();
         if bytes == [0xD8] {
             bytes[0] |= random.below(8) as u8;
         }
