@@ -65,11 +65,26 @@ def test_model_leaves_show_its_features_and_no_others(name: str) -> None:
 
 def test_models_grow_by_level() -> None:
     assert model("ostler-v1.1").features < model("ostler-v2.2").features < model("ostler-v2.1").features
+    assert model("ostler-v2.2").features < model("ostler-v3.1").features
 
 
 def test_model_unknown_name_lists_the_known() -> None:
     with pytest.raises(BadRequest, match=r"CPU model 'i486' is unknown: expected one of ostler-v1\.1, ostler-v2\.1"):
         model("i486")
+
+
+def test_model_called_by_its_level_has_its_own_name() -> None:
+    level_3 = "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
+
+    assert model("x86-64-v3,-pcid").name == "ostler-v3.1,-pcid"
+    assert model("x86-64-v3").features >= frozenset(level_3.split())
+
+
+def test_model_with_avx_has_a_place_for_its_registers() -> None:
+    leaves = by_leaf(model("ostler-v3.1").cpuid(0, 1, 1_000_000))
+
+    assert (leaves[0xD, 0].eax, leaves[0xD, 0].ecx) == (0b111, 832)
+    assert (leaves[0xD, 2].eax, leaves[0xD, 2].ebx) == (256, 576)
 
 
 def test_model_changes_follow_its_name() -> None:

@@ -55,6 +55,7 @@ FEATURES: dict[str, Feature] = {
             0: "pni",
             1: "pclmulqdq",
             9: "ssse3",
+            12: "fma",
             13: "cx16",
             17: "pcid",
             19: "sse4_1",
@@ -65,6 +66,8 @@ FEATURES: dict[str, Feature] = {
             24: "tsc_deadline_timer",
             25: "aes",
             26: "xsave",
+            28: "avx",
+            29: "f16c",
             30: "rdrand",
             31: "hypervisor",
         },
@@ -78,6 +81,7 @@ FEATURES: dict[str, Feature] = {
             0: "fsgsbase",
             1: "tsc_adjust",
             3: "bmi1",
+            5: "avx2",
             7: "smep",
             8: "bmi2",
             9: "erms",
@@ -99,7 +103,16 @@ FEATURES: dict[str, Feature] = {
 }
 
 # What makes no sense without another: the leaf or the instruction it belongs to is not there.
-_NEEDS: dict[str, str] = {"xsaveopt": "xsave", "xsavec": "xsave", "xgetbv1": "xsave", "xsaves": "xsavec"}
+_NEEDS: dict[str, str] = {
+    "xsaveopt": "xsave",
+    "xsavec": "xsave",
+    "xgetbv1": "xsave",
+    "xsaves": "xsavec",
+    "avx": "xsave",
+    "avx2": "avx",
+    "fma": "avx",
+    "f16c": "avx",
+}
 
 
 def without(features: frozenset[str], lost: AbstractSet[str]) -> frozenset[str]:

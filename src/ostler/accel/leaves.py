@@ -1,7 +1,7 @@
 """CPUID leaves of a processor model (Intel SDM volume 2A, CPUID; Linux's Documentation/virt/kvm/x86/cpuid.rst).
 
-Bits that follow a register (OSXSAVE, APIC enabled) are the accelerator's to keep; the sizes in leaf 0xD are those
-of x87 and SSE state alone, the only ones a model gives so far.
+Bits that follow a register (OSXSAVE, APIC enabled) are the accelerator's to keep, and so are the sizes in leaf 0xD
+that follow XCR0; where a model has AVX, the upper halves of its registers are the one component behind x87 and SSE.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ _KVM_FEATURES = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 24
 LAPIC_KHZ = 1_000_000
 
 _XSAVE_SIZE = 576  # legacy area and header
-_X87_SSE = 0b11
+_X87_SSE, _AVX = 0b11, 0b100
+_YMM_OFFSET, _YMM_SIZE = 576, 256
 _LINE = 64
 
 
@@ -160,10 +161,12 @@ def _topology(place: Place) -> dict[tuple[int, int], Registers]:
 def _xsave(processor: Processor) -> dict[tuple[int, int], Registers]:
     if "xsave" not in processor.features:
         return {(0xD, 0): (0, 0, 0, 0)}
+    avx = "avx" in processor.features
+    size = _XSAVE_SIZE + (_YMM_SIZE if avx else 0)
     return {
-        (0xD, 0): (_X87_SSE, _XSAVE_SIZE, _XSAVE_SIZE, 0),
-        (0xD, 1): (0, _XSAVE_SIZE, 0, 0),
-        (0xD, 2): (0, 0, 0, 0),
+        (0xD, 0): (_X87_SSE | (_AVX if avx else 0), size, size, 0),
+        (0xD, 1): (0, size, 0, 0),
+        (0xD, 2): (_YMM_SIZE, _YMM_OFFSET, 0, 0) if avx else (0, 0, 0, 0),
     }
 
 

@@ -22,7 +22,10 @@ each immunity by a bit of its own, which `ostler.accel.fitting` checks against K
   and would read its MSRs.
 
 The engine follows Intel where vendors differ: SYSENTER works in long mode, SYSCALL in 64-bit mode only.
-Left out on purpose: MTRR, MCE, PMU, VME, MONITOR, TSX, AVX (an `ostler-v3` brings it with the translator).
+The numbers are the levels of the x86-64 psABI: v2.2 has all of x86-64-v2, v3.1 all of x86-64-v3, and each may be
+called so.
+
+Left out on purpose: MTRR, MCE, PMU, VME, MONITOR, TSX, AVX-512.
 
 A model can be changed where it is named, for tests of single features: `ostler-v2.1,+pku,-x2apic,vendor=amd`.
 """
@@ -59,6 +62,8 @@ _V2_2 = f"""
     pcid invpcid smep smap umip fsgsbase erms fsrm clflushopt pdpe1gb
 """
 _V2_1 = f"{_V2_2} sha_ni"
+# Beside these, level 3 is the BMI, LZCNT and MOVBE that v2 has already.
+_V3_1 = f"{_V2_2} avx avx2 fma f16c"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +102,29 @@ MODELS: Mapping[str, CpuModel] = {
         CpuModel("ostler-v1.1", "Ostler virtual CPU v1.1", frozenset(_V1.split())),
         CpuModel("ostler-v2.1", "Ostler virtual CPU v2.1", frozenset(_V2_1.split())),
         CpuModel("ostler-v2.2", "Ostler virtual CPU v2.2", frozenset(_V2_2.split())),
+        CpuModel("ostler-v3.1", "Ostler virtual CPU v3.1", frozenset(_V3_1.split())),
     )
 }
+
+# What the levels are called elsewhere, and the model here that has all of them.
+ALIASES: Mapping[str, str] = {"x86-64-v2": "ostler-v2.2", "x86-64-v3": "ostler-v3.1"}
 
 DEFAULT_MODEL = "ostler-v2.2"
 
 
 def model(name: str = DEFAULT_MODEL) -> CpuModel:
-    """The model of that name, with the changes that follow it. Raises BadRequest, which says what there is."""
-    known, *changes = name.split(",")
+    """The model of that name, with the changes that follow it. Raises BadRequest, which says what there is.
+
+    The model's own name has no alias in it: it is what is saved with a guest.
+    """
+    asked, *changes = name.split(",")
+    known = ALIASES.get(asked, asked)
     if known not in MODELS:
-        raise BadRequest(f"CPU model {known!r} is unknown: expected one of {', '.join(sorted(MODELS))}")
+        raise BadRequest(f"CPU model {known!r} is unknown: expected one of {', '.join(sorted([*MODELS, *ALIASES]))}")
     chosen = MODELS[known]
     for change in changes:
         chosen = _changed(chosen, change)
-    return replace(chosen, name=name)
+    return replace(chosen, name=",".join([known, *changes]))
 
 
 def _changed(chosen: CpuModel, change: str) -> CpuModel:

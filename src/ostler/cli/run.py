@@ -44,9 +44,9 @@ def _complete_image(incomplete: str) -> list[str]:
 
 
 def _complete_cpu(incomplete: str) -> list[str]:
-    from ostler.accel.models import MODELS
+    from ostler.accel.models import ALIASES, MODELS
 
-    return [name for name in MODELS if name.startswith(incomplete)]
+    return [name for name in (*MODELS, *ALIASES) if name.startswith(incomplete)]
 
 
 Repeated = list[str] | None

@@ -50,7 +50,7 @@ def test_parse_guest_defaults_and_none_means_not_given() -> None:
         ({"cpus": "1000"}, "cpus '1000': expected 1 to 255"),
         ({"cpus": "0000000000001"}, "expected 1 to 255"),
         ({"cpus": 1.5}, "cpus '1.5'"),
-        ({"cpu": "pentium"}, "cpu 'pentium': expected one of ostler-v1.1, ostler-v2.1, ostler-v2.2"),
+        ({"cpu": "pentium"}, "cpu 'pentium': expected one of ostler-v1.1, ostler-v2.1, ostler-v2.2, "),
         ({"accel": "xen"}, "accel 'xen': expected one of auto, kvm, soft"),
         ({"append": "a\nb"}, "expected one line"),
         ({"kernel": None}, "kernel: missing"),
