@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ostler.cli import disks, doctor, guests, images, inside, kernels, run
+from ostler.cli import disks, doctor, guests, images, inside, kernels, run, snapshots
 
 app = typer.Typer(
     name="ostler",
@@ -21,6 +21,9 @@ for command in guests.COMMANDS:
 app.command("console")(guests.attach_console)
 app.command("exec", context_settings={"allow_interspersed_args": False})(inside.execute)
 app.command("cp")(inside.copy)
+app.command("restore")(snapshots.restore)
+app.command("fork")(snapshots.fork)
+app.add_typer(snapshots.app, name="snapshot")
 app.command("doctor")(doctor.command)
 app.add_typer(kernels.app, name="kernel")
 app.add_typer(images.app, name="image")

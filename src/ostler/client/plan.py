@@ -164,7 +164,7 @@ def _facts(request: GuestRequest, image: Image) -> dict[str, Any]:
 
 
 def _settings(request: GuestRequest, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"hostname": request.hostname or _as_hostname(name)}
+    found: dict[str, Any] = {"hostname": request.hostname or as_hostname(name)}
     if request.dns:
         found["dns"] = list(request.dns)
     if request.ssh_keys:
@@ -177,6 +177,7 @@ def _settings(request: GuestRequest, name: str) -> dict[str, Any]:
     return found
 
 
-def _as_hostname(name: str) -> str:
+def as_hostname(name: str) -> str:
+    """What of a guest's name may be its hostname."""
     cleaned = "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in name).strip("-")
     return cleaned or "guest"

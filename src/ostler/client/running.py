@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from ostler.agent.client import AgentClient
 from ostler.client import guests
@@ -18,6 +19,8 @@ from ostler.client.watch import Watch
 from ostler.control.launch import Launched, launch
 from ostler.control.runtime import Entry
 from ostler.errors import AgentError, HostError, OstlerError
+
+GuestT = TypeVar("GuestT", bound="RunningGuest")
 
 # A guest under emulation on a busy machine takes its time; whoever waits can interrupt.
 BOOT_TIMEOUT_S = 600.0
@@ -124,9 +127,19 @@ class RunningGuest:
 
 def start(plan: Plan, *, leash: bool, remove: bool) -> RunningGuest:
     """Start the VM process. With `leash` the guest does not outlive this process; with `remove` it leaves nothing."""
-    launched = launch(plan.name, plan.spec_json, facts={**plan.facts, "remove": remove}, leash=leash)
+    launched = launch_plan(plan, leash=leash, remove=remove)
+    return hold(launched, lambda: RunningGuest(launched, plan))
+
+
+def launch_plan(plan: Plan, *, leash: bool, remove: bool, origin: dict[str, Any] | None = None) -> Launched:
+    """Start the VM process; `origin` is where a guest that is not to boot goes on from."""
+    return launch(plan.name, plan.spec_json, facts={**plan.facts, "remove": remove}, leash=leash, origin=origin)
+
+
+def hold(launched: Launched, make: Callable[[], GuestT]) -> GuestT:
+    """What `make` makes of a guest just started, which does not outlive its failure."""
     try:
-        return RunningGuest(launched, plan)
+        return make()
     except BaseException:
         launched.process.kill()
         launched.process.wait()

@@ -32,15 +32,18 @@ class Launched:
     leash_fd: int | None
 
 
-def launch(name: str, spec: str, *, facts: dict[str, Any], leash: bool = False) -> Launched:
+def launch(
+    name: str, spec: str, *, facts: dict[str, Any], leash: bool = False, origin: dict[str, Any] | None = None
+) -> Launched:
     """Start a guest from its specification (JSON) and wait until its machine is loaded.
 
-    With `leash` the guest ends when this process does, however it does: it holds the writing end of a pipe.
+    With `leash` the guest ends when this process does, however it does: it holds the writing end of a pipe. `origin` is
+    what `ostler.vmm.origin` reads: where a guest that is not booted goes on from.
 
     Raises BadRequest for a taken name, whatever the VM process refused its specification with, HostError.
     """
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as always:
-        claim = always.enter_context(runtime.claim(name, facts, spec))
+        claim = always.enter_context(runtime.claim(name, facts, spec, origin))
         undo.callback(_forget, claim.entry)
         ready, ready_child = _pipe(always)
         options, inherited = [], [claim.lock_fd, ready_child.fileno()]

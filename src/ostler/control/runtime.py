@@ -5,6 +5,7 @@
         lock                       flock held by the VM process as long as it lives, by nobody else
         entry.json                 what started it: image, command, remove, created
         spec.json  pid             its specification; its process
+        origin.json                of a guest that goes on from somewhere: the folder of the snapshot
         control.sock  vsock.sock   management; the host side of virtio-vsock (vsock.sock_N: host port N)
         console.log  output.log    what the console said, what a detached guest's command said; each with a `.1`
         vmm.log                    the VM process's own complaints
@@ -39,6 +40,7 @@ CONTROL_SOCKET, VSOCK_SOCKET = "control.sock", "vsock.sock"
 HVC_SOCKET, AGENT_SOCKET = "hvc0.sock", "agent.sock"
 CONSOLE_LOG, OUTPUT_LOG, VMM_LOG = "console.log", "output.log", "vmm.log"
 LOCK, ENTRY, SPEC, PID, END = "lock", "entry.json", "spec.json", "pid", "end.json"
+ORIGIN = "origin.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", re.ASCII)
 # sockaddr_un has 108 bytes with the closing zero; vsock.sock_<u32> is the longest name beside a socket.
 MAX_SOCKET_PATH = 107
@@ -137,7 +139,7 @@ class Claim:
         self.close()
 
 
-def claim(name: str, facts: dict[str, Any], spec: str) -> Claim:
+def claim(name: str, facts: dict[str, Any], spec: str, origin: dict[str, Any] | None = None) -> Claim:
     """Register a guest. An entry of that name whose guest has ended gives way.
 
     Raises BadRequest for a name that is taken, HostError where the folder cannot be made.
@@ -156,6 +158,8 @@ def claim(name: str, facts: dict[str, Any], spec: str) -> Claim:
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (part / ENTRY).write_text(json.dumps({"name": name, "created": time.time(), **facts}))
             (part / SPEC).write_text(spec)
+            if origin is not None:
+                (part / ORIGIN).write_text(json.dumps(origin))
             part.rename(place)
     except OSError as error:
         raise HostError(f"runtime folder {place}: {error.strerror or error}") from error

@@ -12,6 +12,7 @@ import mmap
 import os
 from typing import Self
 
+from ostler.host.copied import Holes, map_over, private_bytes
 from ostler.host.files import punch_hole
 
 BLOCK_BYTES = 512
@@ -20,27 +21,50 @@ BLOCK_BYTES = 512
 class SharedMapping:
     """Owns one memfd and one read-write mapping of it; a context manager."""
 
-    __slots__ = ("_map", "address", "fd", "size_bytes")
+    __slots__ = ("_file", "_map", "address", "holes", "size_bytes")
 
     def __init__(self, name: str, size_bytes: int) -> None:
         """Raises OSError when the host refuses (limits, no memory)."""
         self.size_bytes = size_bytes
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        self._file = os.memfd_create(name, os.MFD_CLOEXEC)
+        self.holes: Holes | None = None
+        """There are some once it is frozen."""
         try:
-            os.ftruncate(self.fd, size_bytes)
+            os.ftruncate(self._file, size_bytes)
             flags = mmap.MAP_SHARED | getattr(mmap, "MAP_NORESERVE", 0)
-            self._map = mmap.mmap(self.fd, size_bytes, flags=flags)
+            self._map = mmap.mmap(self._file, size_bytes, flags=flags)
         except (OSError, ValueError, OverflowError):
-            os.close(self.fd)
+            os.close(self._file)
             raise
         # from_buffer exports the mapping only while the ctypes object lives; the address
         # stays valid until close(), because a mmap object never moves.
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     @property
+    def fd(self) -> int:
+        """The memfd; stays owned by this object. Raises ValueError once frozen: it no longer shows this memory."""
+        if self.holes is not None:
+            raise ValueError("copy-on-write guest memory cannot be shared")
+        return self._file
+
+    @property
+    def file(self) -> int:
+        """The memfd, frozen or not."""
+        return self._file
+
+    @property
     def touched_bytes(self) -> int:
         """How much of it the host has given."""
-        return os.fstat(self.fd).st_blocks * BLOCK_BYTES
+        given = os.fstat(self._file).st_blocks * BLOCK_BYTES
+        return given if self.holes is None else given + private_bytes(self.address, self.size_bytes)
+
+    def freeze(self) -> None:
+        """Leave the memfd as it is: what is written from now on is this mapping's own. Nobody may be writing.
+
+        Who else has mapped the memfd still writes into it. Raises OSError.
+        """
+        map_over(self.address, self.size_bytes, self._file)
+        self.holes = Holes(self.address)
 
     def view(self) -> memoryview:
         """A writable view of the whole mapping; release it before close()."""
@@ -48,14 +72,17 @@ class SharedMapping:
 
     def discard(self, offset: int, size_bytes: int) -> None:
         """Free the pages of a range in every mapping of the file; they read as zeroes. Raises OSError."""
-        punch_hole(self.fd, offset, size_bytes)
+        if self.holes is None:
+            punch_hole(self._file, offset, size_bytes)
+        else:
+            self.holes.punch(offset, size_bytes)
 
     def close(self) -> None:
         """Unmap and close. Raises BufferError while views of it are alive."""
         self._map.close()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def __enter__(self) -> Self:
         return self

@@ -38,9 +38,17 @@ class Machine:
     """Owns VM, processors and memory; a context manager. The board's lock guards its devices."""
 
     def __init__(
-        self, spec: GuestSpec, accel: Accel, wiring: Wiring, *, functions: Sequence[tuple[str, VirtioDevice]] = ()
+        self,
+        spec: GuestSpec,
+        accel: Accel,
+        wiring: Wiring,
+        *,
+        functions: Sequence[tuple[str, VirtioDevice]] = (),
+        image: int | None = None,
     ) -> None:
         """`functions` are virtio devices for the PCI bus, each under a name of its own, in the bus's order.
+
+        `image` is a descriptor of what the memory is to hold, and is taken over; see GuestMemory.
 
         Raises BadRequest for processors the accelerator lacks or too many functions, HostError without memory.
         """
@@ -53,8 +61,9 @@ class Machine:
         self.model, self.masked_features = fit(model(spec.cpu), accel, policy)
         with contextlib.ExitStack() as stack:
             try:
-                shared = not accel.pays_huge_pages or any(device.shares_memory for _, device in functions)
-                self.memory = stack.enter_context(GuestMemory.of_size(spec.memory_bytes, shared=shared))
+                self.shares_memory = any(device.shares_memory for _, device in functions)
+                shared = self.shares_memory or (image is None and not accel.pays_huge_pages)
+                self.memory = stack.enter_context(GuestMemory.of_size(spec.memory_bytes, shared=shared, image=image))
             except OSError as error:
                 raise HostError(f"guest memory of {spec.memory_bytes} bytes: {error.strerror or error}") from error
             self.vm = stack.enter_context(accel.create_vm())

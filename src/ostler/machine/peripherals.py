@@ -13,6 +13,7 @@ from functools import partial
 from ostler.abi.virtio import blk
 from ostler.backends.console_port import PortSocket
 from ostler.backends.disk import default_serial, open_raw
+from ostler.backends.disk_layers import open_layered
 from ostler.backends.disk_overlay import open_overlay
 from ostler.backends.storage_daemon import StorageDaemon
 from ostler.backends.vhost_user import Launcher, VhostUser
@@ -102,7 +103,7 @@ def _disk(
     queue_count = min(spec.cpus, MAX_BLOCK_QUEUES)
     image_format = disk_format(disk.path, disk.format)
     if image_format == "raw":
-        opened = _open(disk, stack)
+        opened = _open(disk, name, stack, around)
         return Block(opened, queue_count=queue_count, worker=stack.enter_context(Worker(name, around.host)))
     daemon = StorageDaemon(
         disk.path, image_format, read_only=disk.read_only, overlay=disk.overlay, queue_count=queue_count
@@ -129,7 +130,11 @@ def _server(
     )
 
 
-def _open(disk: DiskSpec, stack: contextlib.ExitStack) -> Disk:
+def _open(disk: DiskSpec, name: str, stack: contextlib.ExitStack, around: Surroundings) -> Disk:
+    if image := around.disks.get(name):
+        layered = open_layered(image, serial=disk.serial)
+        stack.callback(layered.close)
+        return layered
     if disk.overlay:
         overlay = open_overlay(disk.path)
         stack.callback(overlay.close)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ostler.backends.loop import Host
 from ostler.devices.wiring import Clock
 from ostler.machine.board import BoardTimer
+
+if TYPE_CHECKING:
+    from ostler.backends.disk_layers import DiskImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +26,5 @@ class Surroundings:
     """Tell the user of a device's trouble: the device, one line. On the loop's thread."""
     clock: Clock
     new_timer: Callable[[], BoardTimer]
+    disks: Mapping[str, DiskImage] = field(default_factory=dict)
+    """What throw-away disks begin with, by the devices' names, where that is more than their base."""

@@ -10,10 +10,13 @@ The accelerator may have translated guest code from these pages. Whoever writes 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Protocol, Self
 
 from ostler.host.anonymous import PrivateMapping
+from ostler.host.copied import CopiedMapping
+from ostler.host.files import copy_sparse
 from ostler.host.memfd import SharedMapping
 from ostler.memory.layout import Gpa, Region, RegionKind, ram_regions
 
@@ -41,24 +44,28 @@ class SlotRegistrar(Protocol):
 class GuestMemory:
     """All RAM of one guest. Threads may access it at once; a context manager."""
 
-    def __init__(self, regions: Iterable[Region], *, shared: bool = True) -> None:
-        """Not shared: in huge pages, but nobody else can map it. Raises OSError when the host has no memory for it."""
+    def __init__(self, regions: Iterable[Region], *, shared: bool = True, image: int | None = None) -> None:
+        """Not shared: in huge pages, but nobody else can map it. Raises OSError when the host has no memory for it.
+
+        `image` is the descriptor of a file that holds the memory's content and changes no more, and is taken over:
+        it is mapped copy-on-write, or copied where the memory is to be shared.
+        """
         self.regions = tuple(sorted(regions, key=lambda region: region.start))
         for below, above in zip(self.regions, self.regions[1:], strict=False):
             if below.end > above.start:
                 raise ValueError(f"regions overlap at {above.start:#x}")
         self.size_bytes = sum(region.size_bytes for region in self.regions)
         span = max(region.offset + region.size_bytes for region in self.regions)
-        self._mapping = SharedMapping("ostler-guest", span) if shared else PrivateMapping(span)
+        self._mapping = _mapping(span, shared=shared, image=image)
         self._view = self._mapping.view()
         self._hooks: list[WriteHook] = []
         # What `_offset` walks for every descriptor of every queue: plain numbers, low memory first.
         self._spans = [(region.start, region.end, region.offset - region.start) for region in self.regions]
 
     @classmethod
-    def of_size(cls, size_bytes: int, *, shared: bool = True) -> Self:
+    def of_size(cls, size_bytes: int, *, shared: bool = True, image: int | None = None) -> Self:
         """RAM of the given size, laid around the hole below 4 GiB."""
-        return cls(ram_regions(size_bytes), shared=shared)
+        return cls(ram_regions(size_bytes), shared=shared, image=image)
 
     @property
     def fd(self) -> int:
@@ -122,6 +129,16 @@ class GuestMemory:
                 done += last - first
         return done
 
+    @property
+    def mapping(self) -> SharedMapping | PrivateMapping | CopiedMapping:
+        """What holds it on this host, for who saves it."""
+        return self._mapping
+
+    @property
+    def whole(self) -> memoryview:
+        """All of it as it lies on the host; not to be kept beyond `close`."""
+        return self._view[:]
+
     def on_write(self, hook: WriteHook) -> None:
         """Call `hook(gpa, size_bytes)` after each write by the host."""
         self._hooks.append(hook)
@@ -161,3 +178,19 @@ class GuestMemory:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+
+def _mapping(span: int, *, shared: bool, image: int | None) -> SharedMapping | PrivateMapping | CopiedMapping:
+    if image is None:
+        return SharedMapping("ostler-guest", span) if shared else PrivateMapping(span)
+    if not shared:
+        return CopiedMapping(image, span)
+    mapping = SharedMapping("ostler-guest", span)
+    try:
+        copy_sparse(image, mapping.fd)
+    except OSError:
+        mapping.close()
+        raise
+    finally:
+        os.close(image)
+    return mapping

@@ -67,6 +67,8 @@ STRUCTURES: Mapping[str, int] = {
 }  # fmt: skip
 _FIELDS = {"spec", "model", "clock_ns", "chips", "pit", "processors", "board"}
 _U64 = 1 << 64
+# Times of devices are counted from years ago on.
+_WIDEST = 1 << 128
 
 
 def encode(saved: SavedMachine, spec: GuestSpec) -> bytes:
@@ -190,7 +192,7 @@ def _read_device(name: str, value: object) -> Saved:
     saved: Saved = {}
     for field, data in _mapping(name, value, MAX_FIELDS).items():
         what = f"{name}, {field}"
-        saved[field] = _blob(what, data) if isinstance(data, str) else _number(what, data, _U64)
+        saved[field] = _blob(what, data) if isinstance(data, str) else _number(what, data, _WIDEST)
     return saved
 
 

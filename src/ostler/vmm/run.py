@@ -16,16 +16,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from ostler import accel
 from ostler.accel.api import Accel
 from ostler.backends.loop import Host
-from ostler.boot.kernel import Kernel, Protocol
+from ostler.boot.kernel import Kernel
+from ostler.boot.kernel import Protocol as BootProtocol
 from ostler.boot.load import read_file, read_kernel
 from ostler.boot.unpacked import UnpackedKernels
 from ostler.devices.wiring import PowerEvent
@@ -40,6 +41,7 @@ from ostler.vmm.loop import EventLoop, HostClock
 from ostler.vmm.processors import End, EndKind, Outcome, Processor
 
 if TYPE_CHECKING:
+    from ostler.backends.disk_layers import DiskImage
     from ostler.config import GuestSpec
     from ostler.devices.virtio.device import VirtioDevice
     from ostler.machine.networks import Network
@@ -113,16 +115,33 @@ def read_material(spec: GuestSpec) -> tuple[Kernel, bytes | None]:
 
 def command_line(append: str, kernel: Kernel) -> str:
     """The guest's, with what makes a panic end the run."""
-    if kernel.protocol is Protocol.MULTIBOOT or any(word.startswith("panic=") for word in append.split()):
+    if kernel.protocol is BootProtocol.MULTIBOOT or any(word.startswith("panic=") for word in append.split()):
         return append
     return f"panic=-1 {append}".rstrip()
+
+
+class Beginning(Protocol):
+    """What memory and disks hold at the start of a guest that goes on from somewhere."""
+
+    @property
+    def disks(self) -> Mapping[str, DiskImage]:
+        """Of throw-away disks, by the devices' names."""
+
+    def open_memory(self) -> int:
+        """A descriptor of the memory's image, for the caller to own. Raises StateError."""
 
 
 class GuestProcess:
     """A machine, its threads and its loop, alive together; a context manager."""
 
     def __init__(
-        self, spec: GuestSpec, opened: Accel, make_console: ConsoleFactory, *, folder: Path | None = None
+        self,
+        spec: GuestSpec,
+        opened: Accel,
+        make_console: ConsoleFactory,
+        *,
+        folder: Path | None = None,
+        beginning: Beginning | None = None,
     ) -> None:
         """`folder` is where the guest's sockets are. Raises OstlerError for what it cannot be made of."""
         self.early_troubles: list[str] = []
@@ -146,10 +165,12 @@ class GuestProcess:
                 remove_reader=self.loop.remove_reader,
             )
             host = Host(self.loop, self.lock)
-            around = Surroundings(host, folder, self._report, wiring.clock, wiring.new_timer)
+            disks = beginning.disks if beginning else {}
+            around = Surroundings(host, folder, self._report, wiring.clock, wiring.new_timer, disks)
             self.networks = _networks(spec, undo, around)
             functions = _functions(spec, undo, around, self.networks)
-            self.machine = undo.enter_context(Machine(spec, opened, wiring, functions=functions))
+            image = beginning.open_memory() if beginning else None
+            self.machine = undo.enter_context(Machine(spec, opened, wiring, functions=functions, image=image))
             self.processors = [
                 Processor(vcpu, self.machine.board, self.console.output, self._outcome) for vcpu in self.machine.vcpus
             ]

@@ -16,6 +16,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ostler import accel
 from ostler.config import GuestSpec
@@ -28,6 +29,10 @@ from ostler.vmm.hub import HubConsole
 from ostler.vmm.run import GuestProcess, command_line, read_material
 from ostler.vmm.server import ControlServer
 from ostler.vmm.service import GuestService, describe
+from ostler.vmm.snapshots import SnapshotService
+
+if TYPE_CHECKING:
+    from ostler.vmm.origin import Origin
 
 
 class Readiness:
@@ -85,7 +90,7 @@ def _leave(entry: runtime.Entry, end: Message) -> None:
 def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Message:
     spec = GuestSpec.model_validate_json((entry.path / runtime.SPEC).read_text())
     with contextlib.ExitStack() as stack:
-        kernel, initrd = read_material(spec)
+        origin = _origin(entry)
         opened = accel.open(spec.accel)
         stack.callback(opened.close)
         log = RotatedLog(entry.console_log)
@@ -95,7 +100,7 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
             hubs.append(HubConsole(log, *arguments))  # type: ignore[arg-type]
             return hubs[0]
 
-        process = stack.enter_context(GuestProcess(spec, opened, make_console, folder=entry.path))
+        process = stack.enter_context(GuestProcess(spec, opened, make_console, folder=entry.path, beginning=origin))
         server = stack.enter_context(_listen(entry, process))
         facts = {
             "name": entry.name,
@@ -109,15 +114,36 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
         service = GuestService(process, server, hubs[0], facts)
         server.service = service
         process.report = service.report
-        process.machine.load(kernel, initrd=initrd, cmdline=command_line(spec.append, kernel))
-        # The unpacked kernel is tens of megabytes, and the guest has its own copy now.
-        del kernel, initrd
+        stack.enter_context(SnapshotService(process, service, entry, base=origin.base if origin else None))
+        if origin is None:
+            _boot(process, spec)
+        else:
+            origin.complete(process.machine.memory)
+            process.restore_state(origin.saved)
         _handle_signals(process)
         if leash is not None:
             process.loop.add_reader(leash, process.quit)
         # Nobody is told that the guest is ready before the loop can answer.
         process.loop.call_soon(lambda: _announce_start(readiness, service))
         return _to_the_end(process, service, readiness)
+
+
+def _boot(process: GuestProcess, spec: GuestSpec) -> None:
+    kernel, initrd = read_material(spec)
+    process.machine.load(kernel, initrd=initrd, cmdline=command_line(spec.append, kernel))
+
+
+def _origin(entry: runtime.Entry) -> Origin | None:
+    """Where a guest that is not booted goes on from. Many modules, and a boot needs none of them."""
+    if not (entry.path / runtime.ORIGIN).exists():
+        return None
+    from ostler.vmm.origin import Origin
+
+    return Origin.of(entry, report=_say)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the VM process's own log
 
 
 def _to_the_end(process: GuestProcess, service: GuestService, readiness: Readiness) -> Message:

@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -46,6 +47,8 @@ class Connection:
             received=self._received, ended=self.close,
         )  # fmt: skip
         self.wants_events = False
+        self.when_gone: list[Callable[[], None]] = []
+        """Called once when the client has gone, or the connection has become something else."""
         self._stream.read()
 
     @property
@@ -77,6 +80,9 @@ class Connection:
         connected.close()
 
     def _let_go(self) -> socket.socket:
+        gone, self.when_gone = self.when_gone, []
+        for each in gone:
+            each()
         self._server.forget(self)
         return self._stream.let_go()
 

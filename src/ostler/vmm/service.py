@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ostler.control.logfile import LOG_BYTES
@@ -26,6 +26,8 @@ from ostler.vmm.server import Connection, ControlServer
 DEFAULT_GRACE_S, MAX_GRACE_S = 30.0, 3600.0
 MAX_STATUS, MAX_REASON = 255, 200
 Statistics = Callable[[], Message]
+Operation = Callable[[Connection, object, Message], Message | None]
+"""The connection, the request's number, its arguments; None where the connection is answered later."""
 
 
 class GuestService:
@@ -45,7 +47,7 @@ class GuestService:
         """What a client says of the end: the status and reason of the command the guest was there for."""
         self.sources: dict[str, Statistics] = {}
         """Counters of devices and back ends by name, for `stats`."""
-        self._operations: dict[str, Callable[[Connection, object, Message], Message | None]] = {
+        self._operations: dict[str, Operation] = {
             "status": self._status,
             "inspect": self._inspect,
             "stats": self._stats,
@@ -59,6 +61,10 @@ class GuestService:
             "console": self._console,
             "balloon": self._balloon,
         }
+
+    def add_operations(self, operations: Mapping[str, Operation]) -> None:
+        """Serve these too: parts of the process that are not always there."""
+        self._operations |= operations
 
     def serve(self, connection: Connection, number: object, op: str, arguments: Message) -> Message | None:
         """Do what is asked for. Raises OstlerError."""

@@ -38,7 +38,7 @@ def read(disk: OverlayDisk | RawDisk, offset: int, size: int) -> bytes:
 
 
 _RANGE = st.tuples(st.integers(0, 59), st.integers(1, 60)).map(lambda each: (each[0], min(each[1], 60 - each[0])))
-_STEP = st.tuples(st.sampled_from(["write", "zero", "discard"]), _RANGE, st.integers(1, 255))
+_STEP = st.tuples(st.sampled_from(["write", "zero", "discard", "freeze"]), _RANGE, st.integers(1, 255))
 
 
 @settings(max_examples=150, deadline=None)
@@ -53,6 +53,10 @@ def test_overlay_behaves_as_a_disk_of_its_own(
     with open_overlay(path, size_bytes=SIZE_BYTES) as disk:
         for kind, (sector, count), value in steps:
             start, size = sector * SECTOR, count * SECTOR
+            if kind == "freeze":
+                assert isinstance(disk, OverlayDisk)
+                disk.freeze()
+                continue
             if kind == "write":
                 content = bytes([value]) * size
                 disk.writev(start, [memoryview(content)[: size // 2], memoryview(content)[size // 2 :]])
