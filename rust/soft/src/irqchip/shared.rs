@@ -170,9 +170,22 @@ impl Shared {
         self.irqfds.acknowledged(self, gsi);
     }
 
+    /// One tick. Each chip sees the line rise and fall under one hold of its lock: a guest that ends
+    /// the interrupt before the line is down again gets its next tick from another thread, and that
+    /// one must find an edge to make. Lost once, it would be waited for for ever.
     fn pulse_pit(&self) {
-        self.set_line(SOURCE_PIT, PIT_GSI, true);
-        self.set_line(SOURCE_PIT, PIT_GSI, false);
+        let targets = read(&self.routing).targets(PIT_GSI);
+        for input in targets.pic_inputs() {
+            self.with_pic(|pic| [true, false].map(|level| pic.set_line(input, SOURCE_PIT, level)));
+        }
+        if let Some(pin) = targets.ioapic_pin() {
+            self.with_ioapic(|ioapic, deliver| {
+                [true, false].map(|level| ioapic.set_line(pin, SOURCE_PIT, level, deliver))
+            });
+        }
+        if let Some((address, data)) = targets.msi {
+            self.send_msi(address, data);
+        }
         read(&self.lapics).iter().for_each(|cell| cell.pit_tick());
     }
 

@@ -121,6 +121,61 @@ fn wait(fd: &OwnedFd) -> u64 {
     count
 }
 
+/// A host whose vCPU 0 runs the moment it is kicked, in the middle of what kicked it: it ends every interrupt at once.
+struct QuickGuest {
+    now_ns: AtomicU64,
+    hardware: std::sync::OnceLock<(std::sync::Weak<IrqChip>, Arc<Lapic>)>,
+    ended: Mutex<mpsc::Sender<u8>>,
+}
+
+impl Host for QuickGuest {
+    fn now_ns(&self) -> u64 {
+        self.now_ns.load(SeqCst)
+    }
+    fn guest_tsc(&self, _vcpu: usize) -> u64 {
+        self.now_ns()
+    }
+    fn tsc_khz(&self) -> u64 {
+        1_000_000
+    }
+    fn kick(&self, _vcpu: usize) {
+        let Some((chip, lapic)) = self.hardware.get() else { return };
+        let (Some(chip), Some(vector)) = (chip.upgrade(), lapic.ack_interrupt()) else { return };
+        let _ = lock(&self.ended).send(vector);
+        chip.pio_write(0x20, &[0x20]);
+    }
+}
+
+#[test]
+fn test_pit_ticks_that_wait_come_though_the_guest_ends_each_during_its_pulse() {
+    let (sender, ended) = mpsc::channel();
+    let host = Arc::new(QuickGuest {
+        now_ns: AtomicU64::new(1),
+        hardware: std::sync::OnceLock::new(),
+        ended: Mutex::new(sender),
+    });
+    let chip = IrqChip::new(host.clone()).unwrap();
+    let lapic = chip.add_vcpu(0).unwrap();
+    write32(&lapic, 0xf0, 0x1ff);
+    write32(&lapic, 0x350, 0x700);
+    chip.create_pit(KVM_PIT_SPEAKER_DUMMY).unwrap();
+    for value in [0x11, 0x30, 4, 1, 0xfe] {
+        chip.pio_write(if value == 0x11 { 0x20 } else { 0x21 }, &[value]);
+    }
+    assert!(host.hardware.set((Arc::downgrade(&chip), lapic)).is_ok());
+    // Mode 2, a millisecond.
+    for (port, value) in [(0x43, 0x34), (0x40, 0xa9), (0x40, 0x04)] {
+        chip.pio_write(port, &[value]);
+    }
+
+    host.now_ns.store(3_500_000, SeqCst);
+    chip.fire_due();
+
+    for _ in 0..3 {
+        assert_eq!(ended.recv_timeout(std::time::Duration::from_secs(20)), Ok(0x30));
+    }
+}
+
 #[test]
 fn test_level_gsi_reinjects_into_same_lapic_until_lowered() {
     let machine = Machine::new(1);
