@@ -2,6 +2,7 @@
 
 use crate::layout::*;
 use iced_x86::{Instruction, Mnemonic, Register};
+use ostler_soft::host::vex::{is_gather, plain};
 
 /// Flags the manual leaves undefined are compared all the same: the interpreter takes them from the
 /// host's own instructions (where it does not, `generate.rs` makes them defined). What hardware is
@@ -36,6 +37,11 @@ pub fn excuse(case: &Case, native: &Outcome, ours: &mut Outcome) {
         // SDM vol. 3, 6.9: in which order one instruction's operands fault depends on the CPU.
         ours.end = native.end;
     }
+    if matches!(instruction.mnemonic(), Mnemonic::Vcvtps2ph) {
+        // The same for the operand and the exceptions of what is stored there.
+        ours.end = native.end;
+        ours.state.fx[fx::MXCSR] = native.state.fx[fx::MXCSR];
+    }
     if ours.end != native.end {
         return;
     }
@@ -43,13 +49,16 @@ pub fn excuse(case: &Case, native: &Outcome, ours: &mut Outcome) {
         // SDM vol. 3, 8.1.1: a store of several parts may be seen in part when one of them faults.
         ours.memory = native.memory.clone();
     }
+    if is_gather(instruction.mnemonic()) {
+        excuse_above(&instruction, native, ours);
+    }
     if uses_mmx(&instruction) && same_mmx(&native.state, &ours.state) {
         // SDM vol. 1, 9.6.2 does not say whether an instruction that faults has entered MMX mode.
         ours.state.fx[..fx::XMM].copy_from_slice(&native.state.fx[..fx::XMM]);
     }
     if restores(&instruction) {
         // SDM vol. 1, 13.8: what was restored before the fault depends on the CPU.
-        ours.state.fx = native.state.fx;
+        (ours.state.fx, ours.state.ymm) = (native.state.fx, native.state.ymm);
     }
     if vector == 19 && is_dot_product(&instruction) {
         // Several operations one after the other: the interpreter goes on behind the one that faults.
@@ -60,6 +69,23 @@ pub fn excuse(case: &Case, native: &Outcome, ours: &mut Outcome) {
     }
     if launders(&instruction) {
         ours.state.rflags = native.state.rflags;
+    }
+}
+
+/// SDM vol. 2C, VGATHER: what is above the elements of destination and mask becomes zero; whether it
+/// is that already when an element faults depends on the CPU.
+fn excuse_above(instruction: &Instruction, native: &Outcome, ours: &mut Outcome) {
+    let narrow = matches!(instruction.mnemonic(), Mnemonic::Vgatherqps | Mnemonic::Vpgatherqd)
+        && instruction.memory_index().is_xmm();
+    for register in [instruction.op0_register().number(), instruction.op2_register().number()] {
+        if instruction.op0_register().is_xmm() {
+            let above = 16 * register..16 * register + 16;
+            ours.state.ymm[above.clone()].copy_from_slice(&native.state.ymm[above]);
+        }
+        let end = fx::XMM + 16 * register + 16;
+        if narrow {
+            ours.state.fx[end - 8..end].copy_from_slice(&native.state.fx[end - 8..end]);
+        }
     }
 }
 
@@ -82,11 +108,11 @@ fn launders(instruction: &Instruction) -> bool {
 }
 
 fn is_dot_product(instruction: &Instruction) -> bool {
-    matches!(instruction.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd)
+    matches!(plain(instruction.mnemonic()), Mnemonic::Dpps | Mnemonic::Dppd)
 }
 
 fn is_masked_move(instruction: &Instruction) -> bool {
-    matches!(instruction.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu)
+    matches!(plain(instruction.mnemonic()), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu)
 }
 
 fn several_operands(instruction: &Instruction) -> bool {
@@ -182,6 +208,7 @@ fn registers(state: &State) -> Vec<(String, String)> {
     }
     out.extend((0..8).map(|i| (format!("st{i}"), hex(&state.fx[fx::ST + 16 * i..fx::ST + 16 * i + 10]))));
     out.extend((0..16).map(|i| (format!("xmm{i}"), hex(&state.fx[fx::XMM + 16 * i..fx::XMM + 16 * i + 16]))));
+    out.extend((0..16).map(|i| (format!("ymm{i} above"), hex(&state.ymm[16 * i..16 * i + 16]))));
     out
 }
 

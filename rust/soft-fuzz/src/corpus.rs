@@ -9,6 +9,7 @@
 //! rflags 0x202
 //! bases 0x0 0x0
 //! fx 7f03...
+//! ymm 0000...
 //! put 0 7e03
 //! fill 0
 //! poke 0x20000000 0102
@@ -52,7 +53,7 @@ pub fn print(case: &Case, note: &str) -> String {
     let _ = writeln!(out, "bits {}", case.bits);
     let _ = writeln!(out, "rip {:#x}\ncode {}\ngpr {}", case.state.rip, code.join(" "), gpr.join(" "));
     let _ = writeln!(out, "rflags {:#x}\nbases {:#x} {:#x}", case.state.rflags, case.state.fs, case.state.gs);
-    let _ = writeln!(out, "fx {}\nfill {}", hex(&case.state.fx), case.fill);
+    let _ = writeln!(out, "fx {}\nymm {}\nfill {}", hex(&case.state.fx), hex(&case.state.ymm), case.fill);
     for (address, bytes) in &case.pokes {
         let _ = writeln!(out, "poke {address:#x} {}", hex(bytes));
     }
@@ -93,6 +94,7 @@ fn parse_line(case: &mut Case, name: &str, rest: &str) -> Result<(), String> {
         "rflags" => case.state.rflags = number(rest)?,
         "bases" => [case.state.fs, case.state.gs] = numbers()?.try_into().map_err(|_| wrong("2 numbers"))?,
         "fx" => case.state.fx = unhex(rest)?.try_into().map_err(|_| wrong("416 bytes"))?,
+        "ymm" => case.state.ymm = unhex(rest)?.try_into().map_err(|_| wrong("256 bytes"))?,
         "put" => {
             let (offset, bytes) = rest.split_once(' ').ok_or_else(|| wrong("an offset and bytes"))?;
             let (offset, bytes) = (number(offset)? as usize, unhex(bytes)?);

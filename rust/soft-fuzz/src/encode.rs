@@ -26,7 +26,7 @@ pub enum Bank {
     Gpr,
     /// MMX or x87 registers: eight of them.
     Eight,
-    /// XMM registers.
+    /// XMM or YMM registers.
     Xmm,
     /// Segment registers.
     Segment,
@@ -45,8 +45,10 @@ pub struct Form {
     pub rm_bank: Bank,
     /// Registers named by the opcode's low bits.
     pub opcode_reg: Option<Bank>,
-    /// VEX.vvvv names a general register.
-    pub vvvv: bool,
+    /// What registers VEX.vvvv names, if any.
+    pub vvvv: Option<Bank>,
+    /// The memory operand's index is a vector.
+    pub vector_index: bool,
     /// Bytes of immediates, displacement of a branch or absolute address, in order.
     pub immediates: Vec<u8>,
     /// The immediate is a branch displacement.
@@ -120,7 +122,7 @@ pub struct Encoded {
 
 impl Form {
     /// Takes an encoding apart; `None` where an operand is of a kind that user code of this CPU
-    /// model never has (far pointers, AVX registers).
+    /// model never has (far pointers, mask registers).
     pub fn new(code: Code, bits: u32) -> Option<Self> {
         let info = code.op_code();
         let mut form = Self {
@@ -129,7 +131,8 @@ impl Form {
             rm: Rm::None,
             rm_bank: Bank::Gpr,
             opcode_reg: None,
-            vvvv: false,
+            vvvv: None,
+            vector_index: false,
             immediates: Vec::new(),
             branch: false,
             moffs: false,
@@ -152,15 +155,19 @@ impl Form {
             K::r8_or_mem => self.set_rm(Rm::Either, Bank::Gpr8),
             K::r16_or_mem | K::r32_or_mem | K::r64_or_mem => self.set_rm(Rm::Either, Bank::Gpr),
             K::mm_or_mem => self.set_rm(Rm::Either, Bank::Eight),
-            K::xmm_or_mem => self.set_rm(Rm::Either, Bank::Xmm),
+            K::xmm_or_mem | K::ymm_or_mem => self.set_rm(Rm::Either, Bank::Xmm),
             K::r16_rm | K::r32_rm | K::r64_rm => self.set_rm(Rm::Register, Bank::Gpr),
             K::mm_rm => self.set_rm(Rm::Register, Bank::Eight),
-            K::xmm_rm => self.set_rm(Rm::Register, Bank::Xmm),
+            K::xmm_rm | K::ymm_rm => self.set_rm(Rm::Register, Bank::Xmm),
             K::mem => self.set_rm(Rm::Memory, Bank::Gpr),
+            K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y => {
+                self.set_rm(Rm::Memory, Bank::Gpr);
+                self.vector_index = true;
+            }
             K::r8_reg => self.reg = Some(Bank::Gpr8),
             K::r16_reg | K::r32_reg | K::r64_reg => self.reg = Some(Bank::Gpr),
             K::mm_reg => self.reg = Some(Bank::Eight),
-            K::xmm_reg => self.reg = Some(Bank::Xmm),
+            K::xmm_reg | K::ymm_reg => self.reg = Some(Bank::Xmm),
             K::seg_reg => {
                 self.reg = Some(Bank::Segment);
                 self.system |= index == 0;
@@ -172,7 +179,10 @@ impl Form {
             K::r8_opcode => self.opcode_reg = Some(Bank::Gpr8),
             K::r16_opcode | K::r32_opcode | K::r64_opcode => self.opcode_reg = Some(Bank::Gpr),
             K::sti_opcode => self.opcode_reg = Some(Bank::Eight),
-            K::r32_vvvv | K::r64_vvvv => self.vvvv = true,
+            K::r32_vvvv | K::r64_vvvv => self.vvvv = Some(Bank::Gpr),
+            K::xmm_vvvv | K::ymm_vvvv => self.vvvv = Some(Bank::Xmm),
+            // The register is in the immediate's upper half.
+            K::xmm_is4 | K::ymm_is4 => self.immediates.push(1),
             K::imm8 | K::imm8sex16 | K::imm8sex32 | K::imm8sex64 => self.immediates.push(1),
             K::imm16 => self.immediates.push(2),
             K::imm32 | K::imm32sex64 => self.immediates.push(4),
@@ -290,7 +300,12 @@ impl Form {
             _ => 0,
         };
         let wide = info.w() == 1 || info.is_wig() && choice.wide;
-        let vvvv = if self.vvvv { choice.vvvv & 15 } else { 0 };
+        let vvvv = if self.vvvv.is_some() { choice.vvvv & 15 } else { 0 };
+        if map == 1 && !wide && extension & 3 == 0 && !choice.rex {
+            bytes.push(0xc5);
+            bytes.push((!extension & 4) << 5 | (!vvvv & 15) << 3 | (info.l() as u8) << 2 | pp);
+            return;
+        }
         bytes.push(0xc4);
         bytes.push((!extension & 7) << 5 | map);
         bytes.push((wide as u8) << 7 | (!vvvv & 15) << 3 | (info.l() as u8) << 2 | pp);

@@ -169,7 +169,7 @@ impl<'a> Generator<'a> {
             reg: self.register(form.reg),
             rm: self.register(Some(form.rm_bank)),
             opcode_reg: self.register(form.opcode_reg),
-            vvvv: self.gpr(),
+            vvvv: self.register(form.vvvv),
             rex: self.bits == 64 && self.rng.percent(10),
             wide: self.rng.percent(10),
             long_displacement: self.rng.percent(5),
@@ -360,6 +360,11 @@ impl<'a> Generator<'a> {
         }
         self.items.push(Item { bytes, ..Item::default() });
         self.kinds[register as usize] = kind;
+    }
+
+    /// A vector register.
+    pub fn vector(&mut self) -> u8 {
+        self.register(Some(Bank::Xmm))
     }
 
     /// Adds given bytes.

@@ -56,6 +56,9 @@ pub const CONTROL_WORDS: u64 = 0x2900;
 /// Offset in the data area of the image that only XSAVEOPT writes to on purpose.
 pub const XSAVEOPT_IMAGE: u64 = 0x2c00;
 
+/// Bytes of the YMM registers' upper halves.
+pub const YMM_BYTES: usize = 256;
+
 /// Byte offsets in an FXSAVE image.
 pub mod fx {
     /// Control word.
@@ -89,11 +92,14 @@ pub struct State {
     pub gs: u64,
     /// An FXSAVE64 image up to the last XMM register.
     pub fx: [u8; fx::END],
+    /// The upper halves of the YMM registers; zeros where the host has none.
+    pub ymm: [u8; YMM_BYTES],
 }
 
 impl Default for State {
     fn default() -> Self {
-        let mut state = Self { gpr: [0; 16], rflags: 0x202, rip: 0, fs: 0, gs: 0, fx: [0; fx::END] };
+        let mut state =
+            Self { gpr: [0; 16], rflags: 0x202, rip: 0, fs: 0, gs: 0, fx: [0; fx::END], ymm: [0; YMM_BYTES] };
         state.put(fx::FCW, &0x037f_u16.to_le_bytes());
         state.put(fx::MXCSR, &0x1f80_u32.to_le_bytes());
         state

@@ -10,6 +10,7 @@
 
 use crate::layout::*;
 use crate::subject;
+use ostler_soft::host::vex::host_has_all;
 use std::arch::global_asm;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -37,11 +38,15 @@ struct Context {
     watched: u64,
     _reserved: u64,
     far: u64,
+    ymm: [u8; YMM_BYTES],
+    has_ymm: u64,
 }
 
 const _: () = assert!(std::mem::offset_of!(Context, exit) as u64 == EXIT_POINTER - CONTEXT);
 const _: () = assert!(std::mem::offset_of!(Context, active) == 704);
 const _: () = assert!(std::mem::offset_of!(Context, mxcsr) == 752);
+const _: () = assert!(std::mem::offset_of!(Context, ymm) == 784);
+const _: () = assert!(std::mem::offset_of!(Context, has_ymm) == 1040);
 const _: () = assert!(std::mem::offset_of!(Context, far) as u64 == FAR_POINTER - CONTEXT);
 
 global_asm!(
@@ -64,6 +69,12 @@ global_asm!(
     "mov rax, [{c} + 664]",
     "wrgsbase rax",
     "fxrstor64 [{c}]",
+    "cmp qword ptr [{c} + 1040], 0",
+    "je 2f",
+    ".irp i, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+    "vinsertf128 ymm\\i, ymm\\i, xmmword ptr [{c} + 784 + 16 * \\i], 1",
+    ".endr",
+    "2:",
     "mov qword ptr [{c} + 704], 1",
     "push qword ptr [{c} + 640]",
     "popfq",
@@ -107,6 +118,12 @@ global_asm!(
     "pushfq",
     "pop qword ptr [{c} + 640]",
     "fxsave64 [{c}]",
+    "cmp qword ptr [{c} + 1040], 0",
+    "je 2f",
+    ".irp i, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+    "vextractf128 xmmword ptr [{c} + 784 + 16 * \\i], ymm\\i, 1",
+    ".endr",
+    "2:",
     ".globl ostler_fuzz_recover",
     "ostler_fuzz_recover:",
     "push 0x202",
@@ -119,6 +136,10 @@ global_asm!(
     "wrfsbase rax",
     "mov rax, [{c} + 688]",
     "wrgsbase rax",
+    "cmp qword ptr [{c} + 1040], 0",
+    "je 2f",
+    "vzeroupper",
+    "2:",
     "fninit",
     "ldmxcsr [{c} + 752]",
     "add rsp, 8",
@@ -190,6 +211,7 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, frame: *mut libc::
         c.rip = m.gregs[libc::REG_RIP as usize] as u64;
         c.rflags = m.gregs[libc::REG_EFL as usize] as u64;
         std::ptr::copy_nonoverlapping(m.fpregs as *const u8, c.fx.as_mut_ptr(), fx::END);
+        upper_halves(m.fpregs as *const u8, &mut c.ymm);
         c.signal = signal as u64;
         c.vector = m.gregs[libc::REG_TRAPNO as usize] as u64;
         c.error = m.gregs[libc::REG_ERR as usize] as u64;
@@ -200,6 +222,24 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, frame: *mut libc::
         m.gregs[libc::REG_EFL as usize] = 0x202;
         let selectors = &mut m.gregs[libc::REG_CSGSFS as usize];
         *selectors = *selectors & !0xffff | CS64 as i64;
+    }
+}
+
+/// Upper halves of the YMM registers from a signal frame's image: behind an XSAVE header, where the kernel's words in the
+/// legacy area's unused part say that there is one.
+unsafe fn upper_halves(image: *const u8, into: &mut [u8; YMM_BYTES]) {
+    const MAGIC: (usize, u32) = (464, 0x4650_5853);
+    const XSTATE_BV: usize = 512;
+    const AVX: u8 = 4;
+    const YMM: usize = 576;
+    // SAFETY: the legacy area is there always, the rest where the kernel says so.
+    unsafe {
+        let extended = (image.add(MAGIC.0) as *const u32).read_unaligned() == MAGIC.1;
+        if extended && *image.add(XSTATE_BV) & AVX != 0 {
+            std::ptr::copy_nonoverlapping(image.add(YMM), into.as_mut_ptr(), YMM_BYTES);
+        } else {
+            into.fill(0);
+        }
     }
 }
 
@@ -279,6 +319,7 @@ impl Native {
             code.add((STUBS - CODE) as usize).copy_from_nonoverlapping(stubs.as_ptr(), stubs.len());
             (*context()).exit = ostler_fuzz_exit as *const () as u64;
             (*context()).mxcsr = 0x1f80;
+            (*context()).has_ymm = host_has_all() as u64;
         }
         let alternate_stack = install_handlers()?;
         let timer = start_timer()?;
@@ -295,6 +336,7 @@ impl Native {
             (STACK as *mut u8).copy_from_nonoverlapping(memory.stack.as_ptr(), STACK_BYTES);
             let c = &mut *context();
             c.fx[..fx::END].copy_from_slice(&case.state.fx);
+            c.ymm = case.state.ymm;
             c.gpr = case.state.gpr;
             (c.rflags, c.rip) = (case.state.rflags, case.state.rip);
             (c.fs, c.gs) = (case.state.fs, case.state.gs);
@@ -314,6 +356,7 @@ impl Native {
         // SAFETY: the sequence is over; nothing else writes the context.
         let c = unsafe { &*context() };
         outcome.state.fx.copy_from_slice(&c.fx[..fx::END]);
+        outcome.state.ymm = c.ymm;
         outcome.state.gpr = c.gpr;
         (outcome.state.rflags, outcome.state.fs, outcome.state.gs) = (c.rflags, c.fs, c.gs);
         (outcome.end, outcome.state.rip) = match c.signal as i32 {

@@ -36,12 +36,15 @@ pub fn cook(g: &mut Generator, form: &Form) -> bool {
         M::Enter => enter(g, form),
         M::Leave => with(g, form, RBP, Kind::Stack),
         M::Xlatb => with(g, form, RBX, Kind::Pointer),
-        M::Maskmovq | M::Maskmovdqu => with(g, form, RDI, Kind::Pointer),
+        M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => with(g, form, RDI, Kind::Pointer),
         M::Wrfsbase | M::Wrgsbase => base(g, form),
         M::Xgetbv => xgetbv(g, form),
         M::Fldenv | M::Frstor => at_image(g, form, FNSAVE_IMAGE, 0, 1),
         M::Fldcw => at_image(g, form, CONTROL_WORDS + 64, 32, 2),
-        M::Ldmxcsr => at_image(g, form, CONTROL_WORDS, 16, 4),
+        _ if form.vector_index => gather(g, form),
+        // Whether registers that are all zero count as in use depends on the CPU: no sequence saves them.
+        M::Vzeroall if !g.restores => false,
+        M::Ldmxcsr | M::Vldmxcsr => at_image(g, form, CONTROL_WORDS, 16, 4),
         M::Fxrstor | M::Fxrstor64 | M::Fxsave | M::Fxsave64 => at_image(g, form, XSAVE_IMAGES, 2, 0x400),
         M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => xsave(g, form),
         M::Xrstor | M::Xrstor64 => xsave(g, form),
@@ -54,9 +57,30 @@ pub fn cook(g: &mut Generator, form: &Form) -> bool {
 /// Alignment that an operand needs, or that makes sense.
 fn alignment(form: &Form) -> u64 {
     match form.code.op_code().memory_size().size() {
-        16 => 16,
+        size @ (16 | 32) => size as u64,
         _ => 1,
     }
+}
+
+/// A gather, whose indices are made small before.
+fn gather(g: &mut Generator, form: &Form) -> bool {
+    let mut choice = g.choose(form, Need { align: 1, at: None });
+    choice.noise.clear();
+    let index = g.vector();
+    if g.rng.percent(95) && (index == choice.reg || index == choice.vvvv || choice.reg == choice.vvvv) {
+        return false;
+    }
+    // VPSRLD and VPSRLQ of the index register by an immediate; the third operand is in VEX.vvvv.
+    let qwords = matches!(form.code.mnemonic(), M::Vgatherqps | M::Vgatherqpd | M::Vpgatherqd | M::Vpgatherqq);
+    let (opcode, bits) = if qwords { (0x73, 64) } else { (0x72, 32) };
+    let shift = if g.rng.percent(95) { bits - 6 } else { bits - 14 };
+    let extension = if index >= 8 { 0xc1 } else { 0xe1 };
+    g.raw(&[0xc4, extension, (!index & 15) << 3 | 5, opcode, 0xd0 | index & 7, shift], false);
+    let base = g.pointer();
+    let (disp, scale) = (g.rng.below(0x100) as i32, g.rng.below(4) as u8);
+    choice.memory =
+        Some(crate::encode::Address { base: Some(base), index: Some((index, scale)), disp, ..Default::default() });
+    g.emit(form, &choice, true)
 }
 
 fn plain(g: &mut Generator, form: &Form, need: Need) -> bool {

@@ -143,6 +143,7 @@ pub fn host_has(feature: CpuidFeature) -> bool {
         F::BMI2 => std::is_x86_feature_detected!("bmi2"),
         F::ADX => std::is_x86_feature_detected!("adx"),
         F::MOVBE => std::is_x86_feature_detected!("movbe"),
+        F::AVX | F::AVX2 | F::FMA | F::F16C => ostler_soft::host::vex::host_has_all(),
         F::XSAVE => std::is_x86_feature_detected!("xsave"),
         F::XSAVEOPT => std::is_x86_feature_detected!("xsaveopt"),
         F::XSAVEC => std::is_x86_feature_detected!("xsavec"),

@@ -219,6 +219,9 @@ impl Subject {
         image[..fx::END].copy_from_slice(&state.fx);
         // A state that the native side could load is one that this accepts.
         let _ = fxrstor(&mut cpu.fp, &image, FORMAT);
+        for (index, half) in state.ymm.chunks_exact(16).enumerate() {
+            cpu.fp.set_ymm_high(index, half.try_into().map_or(0, u128::from_le_bytes));
+        }
     }
 
     fn unload(&mut self, end: End, outcome: &mut Outcome) {
@@ -241,6 +244,9 @@ impl Subject {
         let mut image = [0; FXSAVE_BYTES];
         fxsave(&cpu.fp, &mut image, FORMAT);
         outcome.state.fx.copy_from_slice(&image[..fx::END]);
+        for (index, half) in outcome.state.ymm.chunks_exact_mut(16).enumerate() {
+            half.copy_from_slice(&cpu.fp.ymm_high(index).to_le_bytes());
+        }
         outcome.state.normalise(self.bits);
     }
 

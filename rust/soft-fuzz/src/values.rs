@@ -2,6 +2,7 @@
 
 use crate::layout::*;
 use crate::rng::Rng;
+use ostler_soft::host::vex::host_has_all;
 
 const INTEGERS: [u64; 24] = [
     0,
@@ -311,6 +312,11 @@ pub fn initial_state(rng: &mut Rng, kinds: &[Kind; 16], bits: u32) -> State {
     state.fs = pointer(rng) & !63;
     state.gs = pointer(rng) & !63;
     put_fx(&mut state.fx, rng);
+    if host_has_all() && rng.percent(90) {
+        for chunk in state.ymm.chunks_exact_mut(8) {
+            chunk.copy_from_slice(&memory_word(rng).to_le_bytes());
+        }
+    }
     if bits == 32 {
         state.normalise(32);
     }

@@ -37,8 +37,10 @@ fn moved(op: &Op, offset: i64) -> Op {
     Op { disp: op.disp.wrapping_add(offset), ..*op }
 }
 
+/// The address of element `index`. The address size is that of the operand's start.
 fn linear<T: Int>(cpu: &mut Cpu, op: &Op, index: usize, write: bool) -> R<u64> {
-    cpu.lin(&moved(op, (index * T::SIZE) as i64), T::SIZE as u64, write)
+    let offset = cpu.effective_masked(op).wrapping_add((index * T::SIZE) as u64);
+    cpu.linear(op.seg(), offset, T::SIZE as u64, write)
 }
 
 // ---- VMASKMOV, VPMASKMOV: `imm` is the vector's bytes | the mask's register << 8 ---------------
@@ -109,9 +111,7 @@ unsafe fn gather<T: Int, const WIDE_INDEX: bool>(cpu: &mut Cpu, op: &Op) -> R {
             mask[place].fill(0);
         }
     }
-    if result.is_ok() {
-        value[count * T::SIZE..].fill(0);
-    }
+    value[count * T::SIZE..].fill(0);
     set(cpu, op.dst, &value);
     set(cpu, op.src, &mask);
     result
