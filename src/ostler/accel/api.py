@@ -349,6 +349,9 @@ class VM(Protocol):
         Needed after every write that may hit code (loading a kernel, a device's DMA).
         """
 
+    def statistics(self) -> dict[str, int]:
+        """What the accelerator counted for all vCPUs so far, by name; empty where it does not count."""
+
 
 class Accel(Protocol):
     """An opened accelerator."""

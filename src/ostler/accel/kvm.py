@@ -142,6 +142,10 @@ class KvmVm(_Descriptor):
     def invalidate(self, gpa: int, size: int) -> None:
         """Nothing to do: the processor keeps its own instruction cache coherent."""
 
+    def stats(self) -> dict[str, int]:
+        """None: what the kernel counts is in its debugfs, under names of its own."""
+        return {}
+
 
 class KvmSystem(_Descriptor):
     """/dev/kvm."""

@@ -49,6 +49,9 @@ class VmTransport(Channel, Protocol):
     def invalidate(self, gpa: int, size: int) -> None:
         """The host wrote guest memory."""
 
+    def stats(self) -> dict[str, int]:
+        """Counters, as far as there are any."""
+
     def close(self) -> None:
         """Release it."""
 

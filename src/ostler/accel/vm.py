@@ -168,6 +168,9 @@ class Vm:
     def memory_written(self, gpa: int, size: int) -> None:
         self._transport.invalidate(gpa, size)
 
+    def statistics(self) -> dict[str, int]:
+        return self._transport.stats()
+
     def _call(self, request: int, arg: bytearray | int = 0, subject: str = "") -> int:
         return call(self._transport, request, arg, subject=subject)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ostler.cli import disks, doctor, guests, images, inside, kernels, run, snapshots
+from ostler.cli import disks, doctor, guests, images, inside, kernels, run, snapshots, stats
 
 app = typer.Typer(
     name="ostler",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("run")(run.command)
 for command in guests.COMMANDS:
     app.command()(command)
+app.command("stats")(stats.command)
 app.command("console")(guests.attach_console)
 app.command("exec", context_settings={"allow_interspersed_args": False})(inside.execute)
 app.command("cp")(inside.copy)

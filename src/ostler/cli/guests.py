@@ -1,4 +1,4 @@
-"""The commands for guests that are there: ps, inspect, stats, logs, console, pause, resume, stop, kill, wait, rm."""
+"""The commands for guests that are there: ps, inspect, logs, console, pause, resume, stop, kill, wait, rm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ostler.cli.output import Json, ago, print_json, print_table, size
+from ostler.cli.output import Json, ago, print_json, print_table
 
 if TYPE_CHECKING:
     from ostler.control.runtime import Entry
@@ -86,37 +86,6 @@ def inspect(name: Any_) -> None:
     elif end := entry.end:
         known["end"] = end
     print_json(known)
-
-
-def stats(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[GUEST…]", autocompletion=complete_running)] = None,
-    as_json: Json = False,  # noqa: FBT002
-) -> None:
-    """Show what guests use: processor time, memory, disks, networks.
-
-    [bold]Example:[/bold]  ostler stats --json web | jq '.web.vcpus'
-    """
-    from ostler.client import guests
-    from ostler.control import runtime
-
-    entries = [_find(name) for name in names] if names else [e for e in runtime.entries() if e.is_running()]
-    found = {entry.name: guests.request(entry, "stats") for entry in entries}
-    if as_json:
-        print_json(found)
-        return
-    rows = []
-    for name, each in found.items():
-        vcpu_s = sum(vcpu["cpu_time_ns"] for vcpu in each["vcpus"]) / 1e9
-        disks, nets = each.get("disks", []), each.get("nets", [])
-        read, written = (sum(disk.get(key, 0) for disk in disks) for key in ("read_bytes", "written_bytes"))
-        received, sent = (sum(net.get(key, 0) for net in nets) for key in ("received_bytes", "sent_bytes"))
-        memory = each["memory"]
-        rows.append((
-            name, f"{each['uptime_ns'] / 1e9:.0f} s", str(len(each["vcpus"])), f"{vcpu_s:.1f} s",
-            f"{size(memory['touched_bytes'])} / {size(memory['size_bytes'])}", size(memory["process_rss_bytes"]),
-            f"{size(read)} / {size(written)}", f"{size(received)} / {size(sent)}",
-        ))  # fmt: skip
-    print_table(("NAME", "UP", "CPUS", "CPU TIME", "MEMORY", "PROCESS", "READ / WRITTEN", "RECEIVED / SENT"), rows)
 
 
 def logs(
@@ -246,4 +215,4 @@ def schema() -> None:
     sys.stdout.write(json.dumps(described(), indent=2) + os.linesep)
 
 
-COMMANDS = (ps, inspect, stats, logs, pause, resume, balloon, stop, kill, wait, rm, schema)
+COMMANDS = (ps, inspect, logs, pause, resume, balloon, stop, kill, wait, rm, schema)

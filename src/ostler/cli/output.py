@@ -44,3 +44,15 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+def count(number: int) -> str:
+    """A number in the largest decimal unit that leaves one above one."""
+    if number < 10_000:
+        return str(number)
+    value = float(number)
+    for unit in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.1f}{unit}"
+        value /= 1000
+    return f"{value:.1f}T"

@@ -286,6 +286,9 @@ class FakeVm:
     def memory_written(self, gpa: int, size: int) -> None:
         self.written.append((gpa, size))
 
+    def statistics(self) -> dict[str, int]:
+        return {"instructions": 1000, "exits": 2}
+
     def close(self) -> None:
         self.closed = True
 

@@ -118,6 +118,8 @@ class GuestService:
                 "process_rss_bytes": _resident_bytes(),
             },
         }
+        if counters := self._process.machine.vm.statistics():
+            result["engine"] = counters
         devices = self._process.machine.devices.items()
         result["disks"] = [{"name": name, **each.counters()} for name, each in devices if isinstance(each, Block)]
         result["nets"] = [{"name": each.name, **each.device.counters()} for each in self._process.networks]

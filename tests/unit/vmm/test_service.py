@@ -187,6 +187,7 @@ def test_stats_count_processor_time_and_memory(served: Start) -> None:
         stats = connection.request("stats")
     assert [each["id"] for each in stats["vcpus"]] == [0]
     assert stats["vcpus"][0]["cpu_time_ns"] > 0
+    assert stats["engine"] == {"instructions": 1000, "exits": 2}
     assert 0 <= stats["memory"]["touched_bytes"] <= stats["memory"]["size_bytes"] == 16 << 20
 
 
