@@ -95,6 +95,10 @@ class AgentUnavailable(AgentError):
     exit_status = 125
 
 
+class GuestPaused(AgentUnavailable):
+    """The guest is paused: nobody in it can answer before it is resumed."""
+
+
 class AgentLost(AgentError):
     """The connection to the agent ended in the middle of an operation."""
 

@@ -15,7 +15,7 @@ import pytest
 import ostler
 from ostler.client import guests
 from ostler.control import runtime
-from ostler.errors import CommandFailed, CommandNotFound, CommandTimeout, GuestGone
+from ostler.errors import CommandFailed, CommandNotFound, CommandTimeout, GuestGone, GuestPaused
 from tests.guest.harness import OSTLER
 
 pytestmark = pytest.mark.usefixtures("needs_an_agent")
@@ -163,6 +163,8 @@ def test_paused_guest_uses_no_processor_and_goes_on(vm: ostler.VM) -> None:
         assert guests.summary(runtime.find(vm.name)).state == "paused"
         time.sleep(0.3)
         assert vm.stats()["vcpus"] == before
+        with pytest.raises(GuestPaused):
+            vm.run(["true"])
     assert vm.run(["echo", "on"]).text == "on\n"
 
 

@@ -33,8 +33,8 @@ def execute(
 
     [bold]Examples:[/bold]  ostler exec web -- ls -l /etc     ostler exec web sh     tar c . | ostler exec web -- tar x
     """
-    from ostler.agent.client import AgentClient
     from ostler.cli import relay
+    from ostler.client import guests
     from ostler.client.job import Job
     from ostler.config import parse_request
     from ostler.control import runtime
@@ -46,7 +46,7 @@ def execute(
     wish = parse_request(command=command, env=env, workdir=workdir, user=user)
     entry = runtime.find(name)
     job = Job(wish.command, wish.env, wish.workdir, wish.user)
-    with AgentClient.connect(entry.vsock_socket, timeout_s=REACH_TIMEOUT_S, alive=entry.is_running) as agent:
+    with guests.reach_agent(entry, timeout_s=REACH_TIMEOUT_S) as agent:
         raise typer.Exit(relay.run(agent, job, tty=tty))
 
 
@@ -62,7 +62,7 @@ def copy(
 
     [bold]Examples:[/bold]  ostler cp site web:/srv     ostler cp web:/var/log/syslog .
     """
-    from ostler.agent.client import AgentClient
+    from ostler.client import guests
     from ostler.control import runtime
     from ostler.errors import BadRequest
 
@@ -71,7 +71,7 @@ def copy(
     if bool(from_guest) == bool(to_guest):
         raise BadRequest(f"cp {source!r} {target!r}: expected GUEST: before one of the two, and not before the other")
     entry = runtime.find(from_guest or to_guest)
-    with AgentClient.connect(entry.vsock_socket, timeout_s=REACH_TIMEOUT_S, alive=entry.is_running) as agent:
+    with guests.reach_agent(entry, timeout_s=REACH_TIMEOUT_S) as agent:
         if from_guest:
             agent.get(from_path, to_path)
         else:

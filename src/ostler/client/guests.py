@@ -10,12 +10,15 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ostler.control import logfile, runtime
 from ostler.control.connection import Connection, ConnectionLost
 from ostler.control.runtime import Entry
-from ostler.errors import GuestNotFound, HostError, OstlerError
+from ostler.errors import GuestNotFound, GuestPaused, HostError, OstlerError
+
+if TYPE_CHECKING:
+    from ostler.agent.client import AgentClient
 
 LOOK_TIMEOUT_S, ASK_TIMEOUT_S = 2.0, 5.0
 DEFAULT_GRACE_S = 30.0
@@ -105,6 +108,25 @@ def kill(entry: Entry, *, verdict: Verdict | None = None) -> dict[str, Any]:
 def wait(entry: Entry, *, timeout_s: float | None = None) -> dict[str, Any]:
     """Wait for the guest's end and return it. Raises HostError after the time-out."""
     return _ending(entry, "wait", timeout_s=timeout_s)
+
+
+def refuse_paused(entry: Entry) -> None:
+    """Raise GuestPaused for a guest whose agent cannot answer because it is paused."""
+    if _state(entry) == "paused":
+        raise GuestPaused(f"guest {entry.name!r}: is paused; `ostler resume {entry.name}` lets it go on")
+
+
+def reach_agent(entry: Entry, *, timeout_s: float) -> AgentClient:
+    """Connect with a running guest's agent. Raises GuestPaused at once, AgentUnavailable after the time-out."""
+    from ostler.agent.client import AgentClient
+
+    def may_answer() -> bool:
+        # Somebody may pause it while it is waited for.
+        refuse_paused(entry)
+        return entry.is_running()
+
+    refuse_paused(entry)
+    return AgentClient.connect(entry.vsock_socket, timeout_s=timeout_s, alive=may_answer)
 
 
 def ask_agent(entry: Entry) -> bool:

@@ -235,8 +235,9 @@ class VM:
         return self._guest
 
     def _asked(self, ask: Callable[[AgentClient], T]) -> T:
-        """The agent's answer; where the guest has ended, how."""
+        """The agent's answer; where the guest has ended, how. Raises GuestPaused."""
         guest = self._running()
+        guests.refuse_paused(guest.entry)
         try:
             return ask(guest.agent)
         except AgentError as error:
