@@ -455,14 +455,10 @@ impl<'a> Generator<'a> {
 }
 
 /// Instructions whose undefined flags the interpreter does not take from the same instruction of the
-/// host: rotates and shifts by an immediate (it has the form with CL), BMI and decimal adjustments
-/// (it computes the result).
+/// host: BMI and decimal adjustments (it computes the result).
 fn is_laundered(instruction: &Instruction) -> bool {
     use Mnemonic as M;
     matches!(
-        instruction.mnemonic(),
-        M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shl | M::Sal | M::Shr | M::Sar | M::Shld | M::Shrd
-    ) || matches!(
         instruction.mnemonic(),
         M::Andn
             | M::Bextr

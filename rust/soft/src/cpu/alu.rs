@@ -7,6 +7,7 @@
 
 use super::access::Int;
 use std::arch::asm;
+use std::sync::OnceLock;
 
 /// An operation on two operands.
 pub trait Alu2 {
@@ -26,6 +27,8 @@ pub trait Alu1 {
 
 /// A shift or rotate; the count is masked and not zero.
 pub trait Shift {
+    /// ROL and ROR: see [`host_rotates_keep_of`].
+    const ROTATES: bool = false;
     /// The result and new flags.
     fn run<T: AluInt>(a: T, count: u8, flags: &mut u16) -> T;
 }
@@ -98,9 +101,9 @@ macro_rules! shifts {
         fn $name(a: Self, count: u8, flags: &mut u16) -> Self {
             let mut r = a;
             let out: u16;
-            // SAFETY: register arithmetic only; SAHF gives rotates the flags they keep.
+            // SAFETY: register arithmetic only; ADD and SAHF give rotates the flags they keep.
             unsafe {
-                asm!("sahf", concat!($ins, " {r:", $m, "}, cl"), "lahf", "seto al",
+                asm!("add al, 0x7f", "sahf", concat!($ins, " {r:", $m, "}, cl"), "lahf", "seto al",
                      r = inout($class) r, in("cl") count, inout("ax") *flags => out, options(pure, nomem, nostack));
             }
             *flags = out;
@@ -182,10 +185,11 @@ impl Alu1 for Not {
 }
 
 macro_rules! shift_ops {
-    ($($name:ident $method:ident;)*) => {
+    ($($name:ident $method:ident $rotates:literal;)*) => {
         $(#[allow(missing_docs)]
         pub struct $name;
         impl Shift for $name {
+            const ROTATES: bool = $rotates;
             #[inline(always)]
             fn run<T: AluInt>(a: T, count: u8, flags: &mut u16) -> T {
                 T::$method(a, count, flags)
@@ -193,7 +197,22 @@ macro_rules! shift_ops {
         })*
     };
 }
-shift_ops! { Shl shl; Shr shr; Sar sar; Rol rol; Ror ror; Rcl rcl; Rcr rcr; }
+shift_ops! { Shl shl false; Shr shr false; Sar sar false; Rol rol true; Ror ror true; Rcl rcl false; Rcr rcr false; }
+
+/// Whether this host's ROL and ROR of a register by an immediate above 1 leave OF alone, unlike those
+/// of memory or by CL. The
+/// manual calls it undefined; Intel's CPUs do.
+pub fn host_rotates_keep_of() -> bool {
+    static KEEP: OnceLock<bool> = OnceLock::new();
+    *KEEP.get_or_init(|| {
+        let of: u8;
+        // SAFETY: register arithmetic only; the addition sets OF, rotating zero would clear it.
+        unsafe {
+            asm!("mov al, 1", "add al, 0x7f", "mov al, 0", "rol al, 2", "seto al", out("al") of, options(pure, nomem, nostack));
+        }
+        of != 0
+    })
+}
 
 /// Whether a condition code (the low 4 bits of Jcc's opcode) holds.
 #[inline(always)]

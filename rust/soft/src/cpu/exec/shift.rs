@@ -18,11 +18,22 @@ fn count<T: Int, const BY_CL: bool>(cpu: &Cpu, op: &Op) -> u8 {
     raw & if T::SIZE == 8 { 63 } else { 31 }
 }
 
+/// The shift of a register; the count is not zero.
+#[inline(always)]
+fn shift<T: AluInt, O: Shift, const BY_CL: bool>(value: T, count: u8, flags: &mut u16) -> T {
+    let before = *flags;
+    let result = O::run(value, count, flags);
+    if O::ROTATES && !BY_CL && count > 1 && host_rotates_keep_of() {
+        *flags = *flags & !1 | before & 1;
+    }
+    result
+}
+
 unsafe fn shift_r<T: AluInt, O: Shift, const BY_CL: bool>(cpu: &mut Cpu, op: &Op) -> R {
     let count = count::<T, BY_CL>(cpu, op);
     let mut value: T = cpu.reg(op.dst);
     if count != 0 {
-        value = O::run(value, count, &mut cpu.flags);
+        value = shift::<T, O, BY_CL>(value, count, &mut cpu.flags);
     }
     // With a count of zero a 32-bit destination is still cleared above.
     cpu.set_reg(op.dst, value);
@@ -32,7 +43,10 @@ unsafe fn shift_r<T: AluInt, O: Shift, const BY_CL: bool>(cpu: &mut Cpu, op: &Op
 unsafe fn shift_m<T: AluInt, O: Shift, const BY_CL: bool>(cpu: &mut Cpu, op: &Op) -> R {
     let count = count::<T, BY_CL>(cpu, op);
     let linear = cpu.lin(op, T::SIZE as u64, true)?;
-    cpu.rmw(linear, op.seg(), |cpu, value: T| if count == 0 { value } else { O::run(value, count, &mut cpu.flags) })
+    cpu.rmw(linear, op.seg(), |cpu, value: T| match count {
+        0 => value,
+        _ => O::run(value, count, &mut cpu.flags),
+    })
 }
 
 fn bind_shift<O: Shift>(b: &mut Binder) -> Option<Handler> {
@@ -67,11 +81,11 @@ macro_rules! double_shift {
             // SAFETY: register arithmetic only.
             unsafe {
                 match T::SIZE {
-                    2 => asm!("sahf", concat!($ins, " {r:x}, {b:x}, cl"), "lahf", "seto al",
+                    2 => asm!("add al, 0x7f", "sahf", concat!($ins, " {r:x}, {b:x}, cl"), "lahf", "seto al",
                               r = inout(reg) r, b = in(reg) b, in("cl") count, inout("ax") f, options(pure, nomem, nostack)),
-                    4 => asm!("sahf", concat!($ins, " {r:e}, {b:e}, cl"), "lahf", "seto al",
+                    4 => asm!("add al, 0x7f", "sahf", concat!($ins, " {r:e}, {b:e}, cl"), "lahf", "seto al",
                               r = inout(reg) r, b = in(reg) b, in("cl") count, inout("ax") f, options(pure, nomem, nostack)),
-                    _ => asm!("sahf", concat!($ins, " {r}, {b}, cl"), "lahf", "seto al",
+                    _ => asm!("add al, 0x7f", "sahf", concat!($ins, " {r}, {b}, cl"), "lahf", "seto al",
                               r = inout(reg) r, b = in(reg) b, in("cl") count, inout("ax") f, options(pure, nomem, nostack)),
                 }
             }

@@ -447,7 +447,9 @@ impl Emitter<'_> {
                 // With memory and a register, BT's operands would be a bit string.
                 let bits = matches!(step.ins.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
                 let vector = step.plan.class == Class::Vector;
-                let register_only = exchanges || bits || vector || o.role == Role::OpcodeReg;
+                // The OF of these is undefined, and another in memory than in a register.
+                let rotates = matches!(step.ins.mnemonic(), Mnemonic::Rol | Mnemonic::Ror);
+                let register_only = exchanges || bits || rotates || vector || o.role == Role::OpcodeReg;
                 let in_place = !(register_only || o.written && o.size == 4);
                 match o.gpr().map(home) {
                     Some(slot @ Rm::Mem(..)) if in_place => (slot, None),
