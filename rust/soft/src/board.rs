@@ -285,6 +285,12 @@ impl Local {
         }
     }
 
+    /// Where [`Local::publish_clock`] writes, and how much.
+    pub fn clock_page(&self) -> Option<(u64, usize)> {
+        let value = self.system_time.load(Relaxed);
+        (value & CLOCK_ON != 0).then_some((value & !CLOCK_ON, 32))
+    }
+
     /// KVM_KVMCLOCK_CTRL: the guest learns at its next look that it was stopped.
     pub fn note_stopped(&self) -> bool {
         let on = self.system_time.load(Relaxed) & CLOCK_ON != 0;

@@ -13,10 +13,11 @@
 
 use crate::board::{Local, VcpuBoard};
 use crate::clock::lock;
+use crate::cpu::lockstep::Lockstep;
 use crate::cpu::run::RunEnd;
 use crate::cpu::state::rflags;
 use crate::cpu::translate::HOT;
-use crate::cpu::{attention, Cpu, Exit};
+use crate::cpu::{attention, Board, Cpu, Exit};
 use crate::ioctl::requests::*;
 use crate::ioctl::{cpuid, events, int, msrs, regs, sregs, xstate, Answer};
 use crate::runpage::RunPage;
@@ -26,7 +27,8 @@ use std::sync::{Arc, Mutex};
 
 pub(crate) use crate::runpage::RUN_PAGE_BYTES;
 
-/// The environment variable that keeps a vCPU to the interpreter when it says `interp`.
+/// The environment variable that keeps a vCPU to the interpreter when it says `interp`, and has the
+/// translator follow it when it says `lockstep`.
 const ENGINE: &str = "OSTLER_ENGINE";
 
 /// What only one thread at a time may hold.
@@ -34,6 +36,8 @@ struct Core {
     cpu: Box<Cpu>,
     /// The read exit that user space is handling.
     waiting: Option<Exit>,
+    /// The second engine behind `cpu`, where that is asked for.
+    lockstep: Option<Box<Lockstep>>,
 }
 
 struct Inner {
@@ -53,14 +57,22 @@ impl Vcpu {
     pub(crate) fn new(local: Arc<Local>) -> Answer<Self> {
         let page = RunPage::new().ok_or(libc::ENOMEM)?;
         let id = local.peer.id;
-        let board = Box::new(VcpuBoard(local.clone()));
+        let engine = std::env::var_os(ENGINE).unwrap_or_default();
+        let mut board: Box<dyn Board> = Box::new(VcpuBoard(local.clone()));
+        let mut lockstep = None;
+        if engine == "lockstep" {
+            let machine = local.machine.clone();
+            let peek = Box::new(move |gpa, into: &mut [u8]| machine.slots().read(gpa, into));
+            let (follower, recorder) = Lockstep::new(board, peek).ok_or(libc::ENOMEM)?;
+            (lockstep, board) = (Some(follower), recorder);
+        }
         let mut cpu = Cpu::new(id, local.machine.slots(), local.peer.shared.clone(), board);
-        if std::env::var_os(ENGINE).is_none_or(|engine| engine != "interp") {
+        if engine != "interp" && engine != "lockstep" {
             // Without memory for code the interpreter does it all.
             cpu.use_translator(HOT);
         }
         cpu.wait_sipi = local.lapic().is_some() && !local.machine.is_boot_vcpu(id);
-        let core = Mutex::new(Core { cpu, waiting: None });
+        let core = Mutex::new(Core { cpu, waiting: None, lockstep });
         Ok(Self { inner: Arc::new(Inner { local, page, core }) })
     }
 
@@ -136,7 +148,7 @@ impl Inner {
         self.enter(core);
         let at_once = self.page.immediate_exit();
         if core.cpu.io.in_progress() && (at_once || peer.kick_waits()) {
-            if let Some(exit) = self.finish_instruction(&mut core.cpu) {
+            if let Some(exit) = self.finish_instruction(core) {
                 return Some(exit);
             }
         }
@@ -146,6 +158,9 @@ impl Inner {
                 if kicked {
                     peer.kick();
                 }
+                if let Some(lockstep) = &mut core.lockstep {
+                    lockstep.handed_out(write);
+                }
                 return Some(write);
             }
             if kicked || at_once || self.local.window_open.load(Relaxed) {
@@ -153,8 +168,15 @@ impl Inner {
             }
             if peer.clock_stale.swap(false, SeqCst) {
                 self.local.publish_clock();
+                if let (Some(lockstep), Some((gpa, size))) = (&mut core.lockstep, self.local.clock_page()) {
+                    lockstep.host_wrote(gpa, size);
+                }
             }
-            match core.cpu.run() {
+            let end = match &mut core.lockstep {
+                Some(lockstep) => lockstep.run(&mut core.cpu),
+                None => core.cpu.run(),
+            };
+            match end {
                 RunEnd::Exit(exit) => return Some(self.leave(&mut core.cpu, exit)),
                 RunEnd::Kicked => {}
                 RunEnd::Halted if peer.unhalted.swap(false, SeqCst) => core.cpu.halted = false,
@@ -172,7 +194,11 @@ impl Inner {
             cpu.take_slots();
         }
         if let Some(exit) = core.waiting.take() {
-            cpu.io.complete(self.page.answer(&exit));
+            let value = self.page.answer(&exit);
+            cpu.io.complete(value);
+            if let Some(lockstep) = &mut core.lockstep {
+                lockstep.complete(value);
+            }
         }
         if self.local.lapic().is_none() {
             self.local.set_cr8(self.page.cr8());
@@ -185,8 +211,13 @@ impl Inner {
     }
 
     /// Executes the instruction whose reads are answered, and no other.
-    fn finish_instruction(&self, cpu: &mut Cpu) -> Option<Exit> {
-        match cpu.step() {
+    fn finish_instruction(&self, core: &mut Core) -> Option<Exit> {
+        let cpu = &mut core.cpu;
+        let end = match &mut core.lockstep {
+            Some(lockstep) => lockstep.step(cpu),
+            None => cpu.step(),
+        };
+        match end {
             None => {
                 cpu.io.retire();
                 None

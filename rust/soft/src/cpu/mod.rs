@@ -33,6 +33,7 @@ pub mod exec;
 pub(crate) mod fixture;
 pub mod interrupt;
 pub mod io;
+pub(crate) mod lockstep;
 pub mod mmu;
 pub mod msr;
 pub mod op;
@@ -230,6 +231,15 @@ pub trait Board: Send {
     fn code_page(&mut self, gpa: u64);
     /// This vCPU changed code: the others must not stay in what they made of it.
     fn code_changed(&mut self) {}
+    /// Random bits for RDRAND and RDSEED; `None` where the host has none just now.
+    fn random(&mut self) -> Option<u64> {
+        let mut bytes = [0u8; 8];
+        // SAFETY: the buffer is valid for its length; up to 256 bytes are never cut short.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        (got == bytes.len() as isize).then(|| u64::from_le_bytes(bytes))
+    }
+    /// The CPU, with `retired` instructions behind it, looks for events, for these attention bits.
+    fn attending(&mut self, _bits: u32, _retired: u64) {}
     /// Hypercall (VMCALL/VMMCALL): nr, a0..a3 -> result.
     fn hypercall(&mut self, nr: u64, args: [u64; 4]) -> u64;
 }

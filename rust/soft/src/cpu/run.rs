@@ -54,12 +54,12 @@ impl Cpu {
         self.shared.counters.set(done);
     }
 
-    fn pending_any(&self) -> bool {
+    pub(super) fn pending_any(&self) -> bool {
         self.pending.exception.is_some() || self.pending.interrupt.is_some() || self.pending.nmi
     }
 
     /// Acts on a stop that is not a mere change of RIP. RIP is settled already.
-    fn settle(&mut self, stop: Stop) -> Option<RunEnd> {
+    pub(super) fn settle(&mut self, stop: Stop) -> Option<RunEnd> {
         match stop {
             Stop::Fault => {
                 self.io.retire();
@@ -95,7 +95,7 @@ impl Cpu {
     /// Handles what is pending between instructions. `single` is set when just one instruction
     /// may run before looking again.
     #[inline(never)]
-    fn attend(&mut self, bits: u32, single: &mut bool) -> Result<(), RunEnd> {
+    pub(super) fn attend(&mut self, bits: u32, single: &mut bool) -> Result<(), RunEnd> {
         self.publish_counters();
         if bits & attention::SLOTS != 0 {
             self.take_slots();
@@ -156,7 +156,8 @@ impl Cpu {
     }
 
     /// Delivers the most urgent event. SDM vol. 3, table 6-2.
-    fn events(&mut self, bits: u32) -> Result<(), RunEnd> {
+    pub(super) fn events(&mut self, bits: u32) -> Result<(), RunEnd> {
+        self.board.attending(bits, self.retired);
         if bits & attention::EVENT != 0 {
             self.shared.attention.fetch_and(!attention::EVENT, SeqCst);
             if self.board.take_init() {

@@ -130,7 +130,7 @@ pub struct DescriptorTable {
 }
 
 /// MSRs that live in the CPU (the board keeps the APIC's, the TSC's and kvmclock's).
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Msrs {
     pub star: u64,
@@ -179,7 +179,7 @@ pub struct CpuidTable {
 }
 
 /// An event under delivery, as `kvm_vcpu_events` has it.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Pending {
     pub exception: Option<super::Fault>,

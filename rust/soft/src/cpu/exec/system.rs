@@ -347,12 +347,9 @@ unsafe fn hypercall(cpu: &mut Cpu, _: &Op) -> R {
 
 /// RDRAND and RDSEED always succeed: CF set, the other arithmetic flags clear.
 unsafe fn random<T: Int>(cpu: &mut Cpu, op: &Op) -> R {
-    let mut bytes = [0u8; 8];
-    // SAFETY: the buffer is valid for its length; up to 256 bytes are never cut short.
-    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    let ok = got == bytes.len() as isize;
-    cpu.set_reg(op.dst, T::from_u64(if ok { u64::from_le_bytes(bytes) } else { 0 }));
-    cpu.flags = 0x0200 | (ok as u16) << 8;
+    let value = cpu.board.random();
+    cpu.set_reg(op.dst, T::from_u64(value.unwrap_or(0)));
+    cpu.flags = 0x0200 | (value.is_some() as u16) << 8;
     Ok(())
 }
 

@@ -31,6 +31,8 @@ pub struct Source<'a> {
     pub linkable: bool,
     /// Word and generation of its second page, when it straddles two.
     pub second: Option<(*const AtomicU64, u32)>,
+    /// See `Translator::counted`.
+    pub counted: bool,
 }
 
 /// A translated block, to be put where it was made for.
@@ -146,8 +148,9 @@ pub fn translate(
     };
     // Where flags are set before anything could see the old ones, both entries are one.
     let straddles = e.source.second.is_some();
+    let counted = e.source.counted;
     let first = steps.iter().find(|s| s.plan.clobbers_flags() || s.plan.needs_flags || s.plan.sets_flags);
-    if !straddles && first.is_some_and(|s| !s.plan.clobbers_flags() && !s.plan.needs_flags) {
+    if !straddles && !counted && first.is_some_and(|s| !s.plan.clobbers_flags() && !s.plan.needs_flags) {
         e.flags = Flags::Host;
     } else {
         e.asm.save_flags(field::FLAGS);
@@ -315,6 +318,22 @@ impl Emitter<'_> {
     fn retire(&mut self) {
         let count = self.source.ops.len() as i32;
         self.asm.alu_imm(true, group::ADD, cell(field::RETIRED), count);
+        if self.source.counted {
+            self.stay_within_limit(count);
+        }
+    }
+
+    /// For lockstep: goes back to the loop if the block would end beyond `Out::limit`. The flags are
+    /// in the `Cpu`.
+    fn stay_within_limit(&mut self, count: i32) {
+        let fits = self.asm.label();
+        self.asm.load(RAX, cell(field::RETIRED));
+        self.asm.alu(true, group::CMP, RAX, cell(field::LIMIT));
+        self.asm.jump_if(cc::BE, fits);
+        self.asm.alu_imm(true, group::SUB, cell(field::RETIRED), count);
+        self.address_in_code(R11, self.source.offset as i64);
+        self.asm.jump_to(self.stubs.next);
+        self.asm.place(fits);
     }
 
     fn fall_through(&mut self, next: usize) {

@@ -98,11 +98,13 @@ pub(crate) struct Out {
     pub exit: u32,
     /// The stop of the operation that called out, plus one.
     pub stop: u32,
+    /// Code made for lockstep does not go beyond this many instructions retired.
+    pub limit: u64,
 }
 
 impl Out {
     pub fn new() -> Self {
-        Self { jumps: std::ptr::null_mut(), op: 0, at: 0, exit: 0, stop: 0 }
+        Self { jumps: std::ptr::null_mut(), op: 0, at: 0, exit: 0, stop: 0, limit: u64::MAX }
     }
 }
 
@@ -159,6 +161,7 @@ pub mod field {
     pub const AT: i32 = at(OUT + offset_of!(Out, at));
     pub const EXIT: i32 = at(OUT + offset_of!(Out, exit));
     pub const STOP: i32 = at(OUT + offset_of!(Out, stop));
+    pub const LIMIT: i32 = at(OUT + offset_of!(Out, limit));
 
     /// A guest register's slot.
     pub const fn register(index: usize) -> i32 {

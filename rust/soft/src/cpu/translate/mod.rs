@@ -122,6 +122,8 @@ pub struct Translator {
     dumps: Option<Dumps>,
     /// There was no room for a piece.
     full: bool,
+    /// Blocks see to it that they can run whole within `Out::limit`, for lockstep.
+    pub(crate) counted: bool,
     /// What it did.
     pub stats: Stats,
 }
@@ -162,6 +164,7 @@ impl Translator {
             dumps: dumps(),
             handlers: HashMap::new(),
             full: false,
+            counted: false,
             stats: Stats::default(),
         }))
     }
@@ -194,7 +197,8 @@ impl Translator {
         let ops = unsafe { std::slice::from_raw_parts(block.ops, block.count as usize) };
         let second = block.second.map(|(_, word, generation)| (word, generation));
         let page = block.host as usize & !0xfff;
-        let source = emit::Source { bytes, ops, offset, page, linkable: block.joins, second };
+        let counted = self.counted;
+        let source = emit::Source { bytes, ops, offset, page, linkable: block.joins, second, counted };
         let origin = self.writer.position();
         let piece = emit::translate(source, &self.stubs, origin, self.exits.len(), &mut self.factory);
         let Some(piece) = piece else { return false };

@@ -93,6 +93,10 @@ impl Cpu {
             }
             let clears = self.blocks.clears;
             let block = self.find_block()?;
+            // SAFETY: as below.
+            if self.retired + unsafe { (*block).count } as u64 > self.native_out.limit {
+                return Ok(());
+            }
             if clears != self.blocks.clears {
                 from = None;
             }
