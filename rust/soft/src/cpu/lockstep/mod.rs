@@ -421,10 +421,13 @@ impl Lockstep {
         let from = self.trail.len().saturating_sub(TRAIL);
         eprintln!(
             "lockstep: a difference after {} instructions; the interpreter has, the translator has:\n  {difference}\n\
-             at {:#x}, {:#x}; blocks of the interpreter since they were last the same: {:x?}",
+             at {:#x}, {:#x}; the latest exceptions {:x?}, {:x?}\n\
+             blocks of the interpreter since they were last the same: {:x?}",
             leader.retired - self.figures.from,
             leader.rip,
             self.follower.rip,
+            leader.fault,
+            self.follower.fault,
             &self.trail[from..]
         );
     }

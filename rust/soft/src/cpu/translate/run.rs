@@ -91,6 +91,10 @@ impl Cpu {
             if self.translator.as_mut().is_some_and(|t| std::mem::take(&mut t.full)) {
                 self.blocks.clear();
             }
+            // What comes after, the fault of a fetch as well, is beyond the limit.
+            if self.retired >= self.native_out.limit {
+                return Ok(());
+            }
             let clears = self.blocks.clears;
             let block = self.find_block()?;
             // SAFETY: as below.
