@@ -56,6 +56,20 @@ class NoSuchImage(BadRequest):
     """There is no image of this name, and none can be had under it."""
 
 
+class MigrationError(OstlerError):
+    """A guest could not be moved: it runs on where it was, or the message says where it is now."""
+
+
+class MigrationRefused(MigrationError):
+    """The target does not take this guest, and says why."""
+
+    exit_status = 2
+
+
+class MigrationCancelled(MigrationError):
+    """Somebody called it off; the guest runs on where it was."""
+
+
 class StateError(OstlerError):
     """Saved state does not validate. It is treated as hostile input, never as a bug of the reader."""
 

@@ -21,7 +21,7 @@ from typing import Protocol, Self
 from ostler.abi.partitions import read_table
 from ostler.errors import BadRequest, HostError
 from ostler.host import files
-from ostler.host.locks import lock_disk
+from ostler.host.locks import lock_disk, unlock_disk
 
 SECTOR_BYTES = 512
 SERIAL_BYTES = 20
@@ -119,6 +119,14 @@ class RawDisk:
         self.size_bytes = max(self.size_bytes, size_bytes)
         return self.size_bytes
 
+    def lock(self, name: str) -> None:
+        """Claim the disk for this process. Raises DiskBusy, OSError."""
+        lock_disk(self._fd, name, write=not self.read_only)
+
+    def unlock(self) -> None:
+        """Let another process claim the disk, which this one does not touch any more."""
+        unlock_disk(self._fd)
+
     def close(self) -> None:
         """Close once."""
         if self._fd >= 0:
@@ -138,8 +146,8 @@ class RawDisk:
         self.close()
 
 
-def open_raw(path: Path, *, read_only: bool = False, serial: str | None = None) -> RawDisk:
-    """Open and lock a raw disk.
+def open_raw(path: Path, *, read_only: bool = False, serial: str | None = None, locked: bool = True) -> RawDisk:
+    """Open and lock a raw disk; not `locked` is for whoever locks it before the first access.
 
     Raises:
         BadRequest: no such file, not permitted, neither file nor block device, not a whole number of sectors, shorter
@@ -147,7 +155,7 @@ def open_raw(path: Path, *, read_only: bool = False, serial: str | None = None) 
         DiskBusy: another process has it open.
         HostError: the file system has no locks.
     """
-    fd = open_locked(path, read_only=read_only)
+    fd = open_locked(path, read_only=read_only, locked=locked)
     try:
         size_bytes = os.lseek(fd, 0, os.SEEK_END)
         if size_bytes == 0 or size_bytes % SECTOR_BYTES:
@@ -159,7 +167,7 @@ def open_raw(path: Path, *, read_only: bool = False, serial: str | None = None) 
         raise
 
 
-def open_locked(path: Path, *, read_only: bool) -> int:
+def open_locked(path: Path, *, read_only: bool, locked: bool = True) -> int:
     """Open a file or block device as a disk and lock it; raises as `open_raw`."""
     try:
         # Not blocking: a FIFO of that name must not make anybody wait.
@@ -171,7 +179,8 @@ def open_locked(path: Path, *, read_only: bool) -> int:
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise BadRequest(f"disk {path}: expected a file or block device")
-        lock_disk(fd, str(path), write=not read_only)
+        if locked:
+            lock_disk(fd, str(path), write=not read_only)
     except OSError as error:
         os.close(fd)
         raise HostError(f"disk {path}: cannot be locked ({error.strerror})") from error

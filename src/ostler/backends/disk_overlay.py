@@ -156,6 +156,15 @@ class OverlayDisk:
         layers = tuple(each.fileno() for each in self._layers)
         return FrozenLayers(self._base, layers, frozen, self._block, self.size_bytes)
 
+    def changed(self) -> Iterator[tuple[int, int]]:
+        """Offset and size of each range that is not the base's; beyond its end, of what was written to."""
+        end = -(-self._base.size_bytes // self._block) * self._block
+        for start, size, layer in self._runs(0, self.size_bytes):
+            if layer != BASE and start < end:
+                yield start, min(size, end - start)
+            if layer != BASE and start + size > end:
+                yield from data_ranges(self._layer(layer).fileno(), max(start, end), start + size)
+
     def close(self) -> None:
         """Close once; the overlay's content is gone."""
         self._above.close()
@@ -305,6 +314,10 @@ class _Clone(RawDisk):
         blocks = -(-self.size_bytes // block)
         return FrozenLayers(self._base, (fd,), bytes([1]) * blocks, block, self.size_bytes)
 
+    def changed(self) -> Iterator[tuple[int, int]]:
+        """All of it: what was cloned looks like what was written, and a hole may be something forgotten."""
+        yield 0, self.size_bytes
+
     def close(self) -> None:
         super().close()
         for each in self._frozen:
@@ -320,6 +333,21 @@ def _unnamed(folder: Path | None, beside: Path) -> int:
         if folder:
             raise HostError(f"overlay in {place}: {error.strerror}") from error
     return _unnamed(Path(tempfile.gettempdir()), beside)
+
+
+def data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Offset and size of each range of a sparse file that holds something."""
+    while start < end:
+        try:
+            first = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        stop = min(os.lseek(fd, first, os.SEEK_HOLE), end)
+        if first < stop:
+            yield first, stop - first
+        start = max(stop, first + 1)
 
 
 def _split(runs: Iterator[_Run], views: Sequence[memoryview]) -> Iterator[tuple[_Run, list[memoryview]]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ostler.cli import disks, doctor, guests, images, inside, kernels, run, snapshots, stats
+from ostler.cli import disks, doctor, guests, images, inside, kernels, moving, run, snapshots, stats
 
 app = typer.Typer(
     name="ostler",
@@ -25,6 +25,8 @@ app.command("cp")(inside.copy)
 app.command("restore")(snapshots.restore)
 app.command("fork")(snapshots.fork)
 app.add_typer(snapshots.app, name="snapshot")
+app.command("migrate")(moving.migrate)
+app.command("receive")(moving.receive)
 app.command("doctor")(doctor.command)
 app.add_typer(kernels.app, name="kernel")
 app.add_typer(images.app, name="image")

@@ -45,6 +45,12 @@ def lock_disk(fd: int, name: str, *, write: bool) -> None:
         raise DiskBusy(f"disk {name}: in use by {holder}; expected one that nobody else has open for {wish}")
 
 
+def unlock_disk(fd: int) -> None:
+    """Undo `lock_disk`; the descriptor stays open. Raises OSError."""
+    for byte in (*range(_USES, _USES + _RESIZE + 1), *range(_DENIES, _DENIES + _RESIZE + 1)):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
+
+
 def _set(fd: int, byte: int) -> None:
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))

@@ -140,4 +140,5 @@ def _open(disk: DiskSpec, name: str, stack: contextlib.ExitStack, around: Surrou
         stack.callback(overlay.close)
         overlay.serial = disk.serial or overlay.serial
         return overlay
-    return stack.enter_context(open_raw(disk.path, read_only=disk.read_only, serial=disk.serial))
+    locked = disk.read_only or not around.is_incoming
+    return stack.enter_context(open_raw(disk.path, read_only=disk.read_only, serial=disk.serial, locked=locked))

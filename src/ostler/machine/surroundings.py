@@ -28,3 +28,5 @@ class Surroundings:
     new_timer: Callable[[], BoardTimer]
     disks: Mapping[str, DiskImage] = field(default_factory=dict)
     """What throw-away disks begin with, by the devices' names, where that is more than their base."""
+    is_incoming: bool = False
+    """The guest still runs elsewhere: what only one may hold is not taken yet."""

@@ -143,6 +143,10 @@ class GuestMemory:
         """Call `hook(gpa, size_bytes)` after each write by the host."""
         self._hooks.append(hook)
 
+    def off_write(self, hook: WriteHook) -> None:
+        """Undo `on_write`; a write under way in another thread may still be reported."""
+        self._hooks = [each for each in self._hooks if each != hook]
+
     def read_int(self, gpa: int, size_bytes: int) -> int:
         """A little-endian unsigned integer. Raises MemoryFault."""
         return int.from_bytes(self.read(gpa, size_bytes), "little")

@@ -142,8 +142,12 @@ class GuestProcess:
         *,
         folder: Path | None = None,
         beginning: Beginning | None = None,
+        is_incoming: bool = False,
     ) -> None:
-        """`folder` is where the guest's sockets are. Raises OstlerError for what it cannot be made of."""
+        """`folder` is where the guest's sockets are; `is_incoming` is one that still runs elsewhere.
+
+        Raises OstlerError for what it cannot be made of.
+        """
         self.early_troubles: list[str] = []
         """What was reported before anybody listened."""
         self.report: Callable[[str, str], None] = self._note_trouble
@@ -166,7 +170,7 @@ class GuestProcess:
             )
             host = Host(self.loop, self.lock)
             disks = beginning.disks if beginning else {}
-            around = Surroundings(host, folder, self._report, wiring.clock, wiring.new_timer, disks)
+            around = Surroundings(host, folder, self._report, wiring.clock, wiring.new_timer, disks, is_incoming)
             self.networks = _networks(spec, undo, around)
             functions = _functions(spec, undo, around, self.networks)
             image = beginning.open_memory() if beginning else None

@@ -74,11 +74,11 @@ def serve(folder: Path, *, lock: int | None = None, ready: int | None = None, le
         if readiness.say({"error": pack_error(HostError(text))}):
             return 1
         end = {"status": 1, "reason": "internal error", "message": text}
-    _leave(entry, end)
+    leave(entry, end)
     return int(end["status"])
 
 
-def _leave(entry: runtime.Entry, end: Message) -> None:
+def leave(entry: runtime.Entry, end: Message) -> None:
     """Record the end, or leave nothing: as the launcher wanted it."""
     with contextlib.suppress(OSError, OstlerError):
         if entry.facts.get("remove", True):
@@ -101,7 +101,7 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
             return hubs[0]
 
         process = stack.enter_context(GuestProcess(spec, opened, make_console, folder=entry.path, beginning=origin))
-        server = stack.enter_context(_listen(entry, process))
+        server = stack.enter_context(listen(entry, process))
         facts = {
             "name": entry.name,
             "accelerator": opened.name,
@@ -111,8 +111,9 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
             "network": merged_settings(process.networks),
             "troubles": process.early_troubles,
         }
-        service = GuestService(process, server, hubs[0], facts)
+        service = GuestService(process, server, hubs[0], facts, entry)
         server.service = service
+        stack.callback(service.close)
         process.report = service.report
         stack.enter_context(SnapshotService(process, service, entry, base=origin.base if origin else None))
         if origin is None:
@@ -120,7 +121,7 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
         else:
             origin.complete(process.machine.memory)
             process.restore_state(origin.saved)
-        _handle_signals(process)
+        handle_signals(process)
         if leash is not None:
             process.loop.add_reader(leash, process.quit)
         # Nobody is told that the guest is ready before the loop can answer.
@@ -165,19 +166,22 @@ def _announce_start(readiness: Readiness, service: GuestService) -> None:
     service.announce("started")
 
 
-def _listen(entry: runtime.Entry, process: GuestProcess) -> ControlServer:
+def listen(entry: runtime.Entry, process: GuestProcess) -> ControlServer:
+    """The control socket. Raises HostError."""
     try:
         return ControlServer(entry.control_socket, process.loop, entry.name)
     except OSError as error:
         raise HostError(f"control socket {entry.control_socket}: {error.strerror or error}") from error
 
 
-def _handle_signals(process: GuestProcess) -> None:
-    def leave(_number: int, _frame: FrameType | None) -> None:
+def handle_signals(process: GuestProcess) -> None:
+    """SIGTERM and SIGQUIT end the guest; what a terminal sends is not for it."""
+
+    def quit_soon(_number: int, _frame: FrameType | None) -> None:
         process.loop.call_soon(process.quit)
 
     for each in (signal.SIGTERM, signal.SIGQUIT):
-        signal.signal(each, leave)
+        signal.signal(each, quit_soon)
     # A terminal's keys are for whoever is attached to the guest, not for the guest's process.
     for each in (signal.SIGINT, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)

@@ -10,9 +10,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ostler.control.logfile import LOG_BYTES
+from ostler.control.runtime import Entry
 from ostler.control.wire import Message
 from ostler.devices.virtio.balloon import Balloon
 from ostler.devices.virtio.blk import Block
@@ -22,6 +23,9 @@ from ostler.vmm.loop import NS_PER_MS
 from ostler.vmm.processors import End, EndKind
 from ostler.vmm.run import GuestProcess
 from ostler.vmm.server import Connection, ControlServer
+
+if TYPE_CHECKING:
+    from ostler.vmm.migrate_out import Migration
 
 DEFAULT_GRACE_S, MAX_GRACE_S = 30.0, 3600.0
 MAX_STATUS, MAX_REASON = 255, 200
@@ -33,15 +37,19 @@ Operation = Callable[[Connection, object, Message], Message | None]
 class GuestService:
     """Implements `vmm.server.Service` for one guest."""
 
-    def __init__(self, process: GuestProcess, server: ControlServer, hub: HubConsole, facts: Message) -> None:
+    def __init__(
+        self, process: GuestProcess, server: ControlServer, hub: HubConsole, facts: Message, entry: Entry | None = None
+    ) -> None:
         self._process = process
         self._server = server
         self._hub = hub
         self._facts = facts
+        self._entry = entry
         self._started_ns = time.monotonic_ns()
         self._waiting: list[tuple[Connection, object]] = []
         self._grace = process.loop.new_timer()
         self._grace.call(self._kill_now)
+        self._migration: Migration | None = None
         self.killed = False
         self.verdict: Message = {}
         """What a client says of the end: the status and reason of the command the guest was there for."""
@@ -60,6 +68,9 @@ class GuestService:
             "events": self._events,
             "console": self._console,
             "balloon": self._balloon,
+            "migrate": self._migrate,
+            "migrate-cancel": self._migrate_cancel,
+            "migrate-limit": self._migrate_limit,
         }
 
     def add_operations(self, operations: Mapping[str, Operation]) -> None:
@@ -72,6 +83,33 @@ class GuestService:
         if operation is None:
             raise BadRequest(f"control request {op!r}: not known; expected one of {', '.join(self._operations)}")
         return operation(connection, number, arguments)
+
+    def _moves(self) -> Migration:
+        if self._entry is None:
+            raise BadRequest("migrate: expected a guest with a runtime folder")
+        if self._migration is None:
+            # What it needs (TLS, compression) is no guest's business that stays where it is.
+            from ostler.vmm.migrate_out import Migration
+
+            self._migration = Migration(self._process, self._entry, self.announce, self._has_moved)
+        return self._migration
+
+    def _migrate(self, connection: Connection, number: object, arguments: Message) -> None:
+        self._moves().start(connection, number, arguments)
+
+    def _migrate_cancel(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
+        return self._moves().cancel()
+
+    def _migrate_limit(self, _connection: Connection, _number: object, arguments: Message) -> Message:
+        return self._moves().limit(arguments)
+
+    def _has_moved(self) -> None:
+        self.verdict = {"status": 0, "reason": "migrated"}
+
+    def close(self) -> None:
+        """The guest has ended: nothing goes on behind its back."""
+        if self._migration is not None:
+            self._migration.close()
 
     def announce(self, event: str, **values: object) -> None:
         """Tell whoever listens; on the loop's thread."""
@@ -94,12 +132,14 @@ class GuestService:
         self._waiting.clear()
 
     def _status(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
+        moving = self._migration.status() if self._migration is not None else None
         return {
             "name": self._facts["name"],
             "pid": os.getpid(),
             "state": "paused" if self._process.is_paused else "running",
             "uptime_s": (time.monotonic_ns() - self._started_ns) / 1e9,
             "accelerator": self._facts["accelerator"],
+            **({"migration": moving} if moving is not None else {}),
         }
 
     def _inspect(self, connection: Connection, number: object, arguments: Message) -> Message:

@@ -119,6 +119,11 @@ class NetDevice(VirtioDevice):
         backend.attach(self.deliver, self._writable)
 
     @property
+    def backend(self) -> NetBackend:
+        """Where frames go and come from."""
+        return self._backend
+
+    @property
     def mac(self) -> bytes:
         """The address as the driver has set it last."""
         return self._state.mac

@@ -1,0 +1,329 @@
+"""Moving a guest away: memory in rounds while it runs, the rest and its state while it stands still, the hand-over.
+
+Runs in a thread of its own beside the guest; `Guest` is what it needs of the VM process. The guest is stopped when what
+is left can be sent within the pause that is wanted. What fails before COMMIT leaves the guest running here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ostler.errors import MigrationCancelled, MigrationError
+from ostler.memory import GuestMemory
+from ostler.migration import disks, wire, witness
+from ostler.migration.address import Address, TlsFiles
+from ostler.migration.dirty import DirtyTracker, merged, page_count
+from ostler.migration.disks import Mirror
+from ostler.migration.link import Link, LinkLost, expect, open_link
+from ostler.migration.pace import Budget, Pace
+from ostler.migration.pages import COMPRESSIONS, Run
+from ostler.migration.sender import Sender
+from ostler.migration.source import Source, State
+from ostler.migration.touched import touched
+from ostler.migration.wire import Kind
+from ostler.migration.witness import Witness
+
+T = TypeVar("T")
+HAND_OVER_TIMEOUT_S = 30.0
+DOUBT_SLICE_S = 0.02
+READ_BYTES = 1 << 20
+
+
+class Guest(Protocol):
+    """The guest that moves, as its VM process shows it. Every method but `on_loop` is for the loop's thread."""
+
+    memory: GuestMemory
+    mirrors: Sequence[tuple[int, Mirror]]
+    """Disks that go along, by their number."""
+
+    def offer(self) -> dict[str, Any]:
+        """name, spec, facts, disks: what HELLO says."""
+
+    tracker: DirtyTracker
+
+    def begin(self) -> None:
+        """The tracker starts, the mirrors take the disks' places."""
+
+    def stop(self) -> None:
+        """Hold the processors."""
+
+    def save(self) -> bytes:
+        """The state; what devices have under way ends, and every queue counts as written."""
+
+    def go_on(self) -> None:
+        """The guest runs on here, whatever it was doing; tracker and mirrors go."""
+
+    def give_away(self) -> None:
+        """Let the other side have what only one may hold: locks of disks."""
+
+    def take_back(self) -> None:
+        """Undo `give_away`."""
+
+    def on_loop(self, call: Callable[[], T]) -> T:
+        """Run it in the loop's thread and wait for its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to move a guest."""
+
+    address: Address
+    witness_folder: Path
+    tls: TlsFiles | None = None
+    streams: int = 1
+    compression: str = "none"
+    bytes_per_s: float | None = None
+    downtime_s: float = 0.04
+    timeout_s: float = 30.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """What can be said of a migration at any time; seconds and bytes."""
+
+    phase: str = "connecting"
+    round: int = 0
+    sent_bytes: int = 0
+    left_bytes: int = 0
+    total_bytes: int = 0
+    zero_bytes: int = 0
+    bytes_per_s: float = 0.0
+    dirty_bytes_per_s: float = 0.0
+    eta_s: float | None = None
+    pause_s: float | None = None
+    elapsed_s: float = 0.0
+    pause_parts: dict[str, float] = field(default_factory=dict)
+
+
+class Outgoing:
+    """One migration of one guest."""
+
+    def __init__(self, guest: Guest, options: Options, report: Callable[[Progress], None]) -> None:
+        self._guest, self._options, self._report = guest, options, report
+        self._source = Source()
+        self.progress = Progress()
+        self._pace = Pace(options.downtime_s)
+        self.budget = Budget(options.bytes_per_s)
+        self._cancelled: str | None = None
+        self._link: Link | None = None
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._reported = 0.0
+
+    def cancel(self, reason: str) -> None:
+        """Call it off, from any thread. Raises MigrationError when it is too late."""
+        with self._lock:
+            if self._source.state in (State.COMMITTED, State.DONE):
+                raise MigrationError("migration: cannot be called off, the guest has been handed over")
+            self._cancelled = reason
+
+    def run(self) -> None:
+        """Move the guest. When this returns it lives there; when it raises MigrationError, here."""
+        session = secrets.token_bytes(wire.SESSION_BYTES)
+        path = self._options.witness_folder / f"{session.hex()}.source"
+        try:
+            witnessed = Witness(path, witness.MOVING)
+        except OSError as error:
+            raise MigrationError(f"migration: {path}: {error.strerror or error}") from error
+        with contextlib.ExitStack() as stack:
+            # While nobody knows where the guest is, what was written stays to be read.
+            stack.callback(lambda: witnessed.leave() if self._source.state is State.COMMITTED else witnessed.close())
+            try:
+                self._run(session, witnessed, stack)
+            except BaseException as error:
+                self._keep(witnessed, error)
+                raise
+        self._tell("done", force=True)
+
+    def _run(self, session: bytes, witnessed: Witness, stack: contextlib.ExitStack) -> None:
+        options = self._options
+        link = self._link = stack.enter_context(
+            open_link(options.address, options.tls, session, 0, timeout_s=options.timeout_s)
+        )
+        offer = {
+            **self._guest.offer(), "streams": options.streams, "compression": options.compression,
+            "post_copy": False, "boot": witness.boot_id(), "witness": str(witnessed.path),
+        }  # fmt: skip
+        link.send(self._source.offer(offer))
+        self._source.received(link.receive())
+        welcome = self._source.welcome
+        if welcome is None:
+            raise MigrationError("target: no WELCOME")
+        others = []
+        for number in range(1, welcome.streams):
+            other = stack.enter_context(
+                open_link(options.address, options.tls, session, number, timeout_s=options.timeout_s)
+            )
+            other.send(wire.pack_json(Kind.STREAM, {"secret": welcome.secret}))
+            others.append(other)
+        encoding = COMPRESSIONS[welcome.compression]
+        sender = Sender(link, others, self._guest.memory, encoding, self.budget, self._check)
+        stack.callback(sender.close)
+        tracker = self._guest.tracker
+        self._guest.on_loop(self._guest.begin)
+        left = self._rounds(sender, tracker)
+        # All of it in one go on the loop's thread: no device does anything while the guest stands still.
+        self._guest.on_loop(lambda: self._hand_over(link, sender, tracker, witnessed, left))
+
+    # -- while the guest runs -------------------------------------------------------------------
+
+    def _rounds(self, sender: Sender, tracker: DirtyTracker) -> list[Run]:
+        """Send memory until little enough is left; what that is."""
+        memory = self._guest.memory
+        self.progress.total_bytes = memory.size_bytes
+        runs = touched(memory)
+        self.progress.zero_bytes = memory.size_bytes - page_count(runs) * wire.PAGE_BYTES
+        self._tell("memory", left_bytes=page_count(runs) * wire.PAGE_BYTES, force=True)
+        for number, mirror in self._guest.mirrors:
+            self._send_disk(sender, number, mirror, disks.parts(mirror.disk.changed()))  # type: ignore[attr-defined]
+        is_first = True
+        while True:
+            started, waited, before = time.monotonic(), sender.waited_s, sender.sent_bytes
+            self._send_round(sender, runs, new=is_first)
+            is_first = False
+            seconds = time.monotonic() - started
+            self._pace.sent(sender.sent_bytes - before, seconds - (sender.waited_s - waited))
+            runs = tracker.take()
+            left = page_count(runs) * wire.PAGE_BYTES + sum(mirror.left_bytes for _, mirror in self._guest.mirrors)
+            self._pace.round_ended(left, seconds)
+            self._tell("memory", left_bytes=left, force=True)
+            if self._pace.may_stop(left) or self._pace.is_hopeless:
+                return runs
+
+    def _send_round(self, sender: Sender, runs: list[Run], *, new: bool) -> None:
+        left = page_count(runs)
+        at = 0
+        while at < len(runs):
+            # By portions, so that progress can be told.
+            portion, pages = [], 0
+            while at < len(runs) and pages < 4096:
+                portion.append(runs[at])
+                pages += runs[at][1]
+                at += 1
+            sender.pages(portion, new=new)
+            left -= pages
+            self._tell("memory", left_bytes=left * wire.PAGE_BYTES)
+        for number, mirror in self._guest.mirrors:
+            self._send_disk(sender, number, mirror, disks.parts(iter(mirror.take())))
+        sender.flush()
+
+    def _send_disk(self, sender: Sender, number: int, mirror: Mirror, ranges: Any, *, hurry: bool = False) -> None:
+        for offset, size in ranges:
+            try:
+                content = disks.read(mirror.disk, offset, size)
+            except OSError as error:
+                raise MigrationError(f"disk {number}: {error.strerror or error}") from error
+            sender.disk(number, offset, content, hurry=hurry)
+
+    def _check(self) -> None:
+        """Between messages: called off, or did the target say something?"""
+        if self._cancelled is not None:
+            raise MigrationCancelled(f"migration: {self._cancelled}")
+        if self._link is not None and self._link.pending():
+            self._source.received(self._link.receive())
+
+    # -- while it stands still -------------------------------------------------------------------
+
+    def _hand_over(
+        self, link: Link, sender: Sender, tracker: DirtyTracker, witnessed: Witness, left: list[Run]
+    ) -> None:
+        guest, source = self._guest, self._source
+        marks = [("", time.monotonic())]
+
+        def done(what: str) -> None:
+            marks.append((what, time.monotonic()))
+
+        self._check()
+        witnessed.write(witness.STOPPED)
+        guest.stop()
+        source.stopped()
+        done("stop")
+        state = guest.save()
+        done("save")
+        runs = merged(left, tracker.take())
+        for number, mirror in guest.mirrors:
+            self._send_disk(sender, number, mirror, disks.parts(iter(mirror.take())), hurry=True)
+        sender.pages(runs, hurry=True)
+        done("pages")
+        for at in range(0, len(state), wire.STATE_CHUNK_BYTES):
+            link.send(wire.pack(Kind.STATE, state[at : at + wire.STATE_CHUNK_BYTES]))
+        last = source.final({"pages": page_count(runs)})
+        sender.everywhere(last)
+        link.send(last)
+        sender.flush()
+        link.set_timeout(HAND_OVER_TIMEOUT_S)
+        source.received(expect(link, Kind.READY, Kind.FAILED))
+        done("ready")
+        with self._lock:
+            if self._cancelled is not None:
+                raise MigrationCancelled(f"migration: {self._cancelled}")
+            commit = source.commit()
+        # Written before it is said: see `witness`.
+        witnessed.write(witness.COMMITTED)
+        guest.give_away()
+        try:
+            link.send(commit)
+            source.received(expect(link, Kind.RUNNING))
+        except LinkLost as error:
+            self._resolve(error)
+        done("running")
+        self.progress.pause_s = marks[-1][1] - marks[0][1]
+        self.progress.pause_parts = {
+            what: at - before for (_, before), (what, at) in itertools.pairwise(marks)
+        }  # fmt: skip
+
+    def _resolve(self, lost: LinkLost) -> None:
+        """The link was lost after COMMIT: the guest stands still until it is known what the target did with it."""
+        welcome = self._source.welcome
+        can_see = welcome is not None and welcome.boot == witness.boot_id() and bool(welcome.witness)
+        if welcome is None or not can_see:
+            raise MigrationError(
+                f"{lost}; the guest has been handed over, and whether it runs there cannot be seen from here: "
+                "it stands still here. `ostler resume` it only where you know that it does not run there"
+            ) from lost
+        while self._source.state is State.COMMITTED:
+            self._source.resolve(witness.target_fate(Path(welcome.witness)))
+            if self._source.state is State.COMMITTED:
+                time.sleep(DOUBT_SLICE_S)
+        if self._source.state is State.KEPT:
+            self._guest.take_back()
+            raise MigrationError(f"{lost}; the target died before it ran the guest, which goes on here") from lost
+
+    def _keep(self, witnessed: Witness, error: BaseException) -> None:
+        """The guest stays, if it is still ours."""
+        if self._source.state in (State.COMMITTED, State.DONE):
+            return
+        if self._link is not None and self._source.state is not State.KEPT:
+            with contextlib.suppress(MigrationError):
+                self._link.set_timeout(1.0)
+                self._link.send(self._source.cancel(str(error)))
+        self._source.lost()
+        witnessed.write(witness.ABORTED)
+        self._guest.on_loop(self._guest.go_on)
+        self._tell("kept", force=True)
+
+    # -- progress ----------------------------------------------------------------------------------
+
+    def _tell(self, phase: str, *, left_bytes: int | None = None, force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now - self._reported < 0.2:
+            return
+        self._reported = now
+        progress, pace = self.progress, self._pace
+        progress.phase, progress.round = phase, pace.round
+        if self._link is not None:
+            progress.sent_bytes = self._link.sent_bytes
+        if left_bytes is not None:
+            progress.left_bytes = left_bytes
+        progress.bytes_per_s, progress.dirty_bytes_per_s = pace.bytes_per_s, pace.dirty_per_s
+        progress.eta_s = pace.eta_s(progress.left_bytes, self.budget.bytes_per_s)
+        progress.elapsed_s = now - self._started
+        self._report(progress)
