@@ -2,7 +2,7 @@
 
 use crate::layout::*;
 use iced_x86::{Instruction, Mnemonic, Register};
-use ostler_soft::host::vex::{is_gather, plain};
+use ostler_soft::host::vex::{is_gather, is_selective, plain};
 
 /// Flags the manual leaves undefined are compared all the same: the interpreter takes them from the
 /// host's own instructions (where it does not, `generate.rs` makes them defined). What hardware is
@@ -17,6 +17,10 @@ pub fn excuse(case: &Case, native: &Outcome, ours: &mut Outcome) {
     if !ours_faulted {
         if is_masked_move(&instruction) && matches!(vector, 13 | 14) {
             // SDM vol. 2B, MASKMOVQ: a fault in spite of an all-zero mask depends on the CPU.
+            *ours = native.clone();
+        }
+        if chooses_elements(&instruction) && vector == 13 {
+            // The CPU looks at all of the operand's addresses, the interpreter at those of chosen elements.
             *ours = native.clone();
         }
         if is_dot_product(&instruction) && vector == 19 {
@@ -115,6 +119,11 @@ fn is_masked_move(instruction: &Instruction) -> bool {
     matches!(plain(instruction.mnemonic()), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu)
 }
 
+/// VMASKMOV and VPMASKMOV.
+fn chooses_elements(instruction: &Instruction) -> bool {
+    is_selective(instruction.mnemonic()) && !is_gather(instruction.mnemonic())
+}
+
 fn several_operands(instruction: &Instruction) -> bool {
     use Mnemonic as M;
     let wide = matches!(
@@ -124,6 +133,7 @@ fn several_operands(instruction: &Instruction) -> bool {
     let compares = matches!(instruction.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq);
     wide || compares
         || is_masked_move(instruction)
+        || chooses_elements(instruction)
         || stores_in_parts(instruction)
         || matches!(instruction.mnemonic(), M::Call | M::Xrstor | M::Xrstor64)
 }

@@ -27,7 +27,7 @@ pub fn host_has_all() -> bool {
     })
 }
 
-/// Whether the host has a feature, for features that only VEX instructions need or that come with them.
+/// Whether the host has a feature, for those of level 3 and what comes with them.
 pub fn host_feature(feature: CpuidFeature) -> Option<bool> {
     use CpuidFeature as F;
     Some(match feature {
@@ -38,6 +38,10 @@ pub fn host_feature(feature: CpuidFeature) -> Option<bool> {
         F::AVX2 => std::is_x86_feature_detected!("avx2"),
         F::FMA => std::is_x86_feature_detected!("fma"),
         F::F16C => std::is_x86_feature_detected!("f16c"),
+        F::BMI1 => std::is_x86_feature_detected!("bmi1"),
+        F::BMI2 => std::is_x86_feature_detected!("bmi2"),
+        F::ADX => std::is_x86_feature_detected!("adx"),
+        F::MOVBE => std::is_x86_feature_detected!("movbe"),
         _ => return None,
     })
 }

@@ -45,6 +45,21 @@ pub mod group {
     pub const CMP: u8 = 7;
 }
 
+/// A VEX instruction without its operands. SDM vol. 2, 2.3.5.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Vex {
+    /// Opcode map: 1 for 0F, 2 for 0F 38, 3 for 0F 3A.
+    pub map: u8,
+    /// VEX.pp: 0, or 1, 2, 3 for 66, F3, F2.
+    pub prefix: u8,
+    /// VEX.L.
+    pub long: bool,
+    /// VEX.W.
+    pub wide: bool,
+    /// The opcode.
+    pub opcode: u8,
+}
+
 /// Code under construction.
 pub struct Asm {
     /// The bytes.
@@ -80,15 +95,19 @@ impl Asm {
     /// 4-7 need a REX prefix to be SPL, BPL, SIL and DIL.
     pub fn modrm(&mut self, prefixes: &[u8], wide: bool, byte: bool, opcode: &[u8], reg: u8, rm: Rm) {
         self.bytes(prefixes);
-        let (b, low) = match rm {
-            Rm::Reg(r) | Rm::Mem(r, _) => (r >> 3, r),
-        };
-        let rex = 0x40 | (wide as u8) << 3 | (reg >> 3) << 2 | b;
+        let (Rm::Reg(low) | Rm::Mem(low, _)) = rm;
+        let rex = 0x40 | (wide as u8) << 3 | (reg >> 3) << 2 | low >> 3;
         let needed = byte && (matches!(reg, 4..=7) || matches!(rm, Rm::Reg(4..=7)));
         if rex != 0x40 || needed {
             self.code.push(rex);
         }
         self.bytes(opcode);
+        self.operands(reg, rm);
+    }
+
+    /// ModRM and what follows it.
+    fn operands(&mut self, reg: u8, rm: Rm) {
+        let (Rm::Reg(low) | Rm::Mem(low, _)) = rm;
         let field = (reg & 7) << 3 | low & 7;
         match rm {
             Rm::Reg(_) => self.code.push(0xc0 | field),
@@ -110,6 +129,20 @@ impl Asm {
                 }
             }
         }
+    }
+
+    /// An instruction with VEX and ModRM: `reg`, `vvvv` (15 where there is none, or register 0) and `rm`.
+    pub fn vex(&mut self, vex: &Vex, reg: u8, vvvv: u8, rm: Rm) {
+        let (Rm::Reg(low) | Rm::Mem(low, _)) = rm;
+        let last = (vvvv ^ 15) << 3 | (vex.long as u8) << 2 | vex.prefix;
+        let r = (reg & 8 ^ 8) << 4;
+        if vex.map == 1 && !vex.wide && low < 8 {
+            self.bytes(&[0xc5, r | last]);
+        } else {
+            self.bytes(&[0xc4, r | 0x40 | (low & 8 ^ 8) << 2 | vex.map, (vex.wide as u8) << 7 | last]);
+        }
+        self.code.push(vex.opcode);
+        self.operands(reg, rm);
     }
 
     /// `lea reg, [base + index << scale + displacement]`, 64 or 32 bits.

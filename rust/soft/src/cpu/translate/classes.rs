@@ -4,6 +4,8 @@
 //! translated code: the table decides speed, not coverage.
 
 use super::shape::{Operand, Role, Shape};
+use crate::host::classify::host_has;
+use crate::host::vex::plain;
 use iced_x86::{ConstantOffsets, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register, RflagsBits};
 
 /// How an instruction is emitted.
@@ -98,7 +100,7 @@ impl Plan {
 fn defines_all(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(
-        mnemonic,
+        plain(mnemonic),
         Add | Adc
             | Sub
             | Sbb
@@ -117,6 +119,8 @@ fn defines_all(mnemonic: Mnemonic) -> bool {
             | Ucomisd
             | Ucomiss
             | Ptest
+            | Vtestps
+            | Vtestpd
             | Popcnt
     )
 }
@@ -172,6 +176,12 @@ fn class_of(ins: &Instruction) -> Class {
         Jmp if ins.is_jmp_near_indirect() => C::JmpIndirect,
         Call if ins.is_call_near_indirect() => C::CallIndirect,
         Ret => C::Ret,
+        Andn | Bextr | Blsi | Blsmsk | Blsr | Bzhi | Sarx | Shlx | Shrx | Rorx | Pdep | Pext | Mulx | Adcx | Adox
+        | Movbe
+            if host_has(ins.code()) =>
+        {
+            C::Copy
+        }
         _ if super::vector::covered(ins) => C::Vector,
         _ => C::Handler,
     }

@@ -13,6 +13,7 @@ use super::layout::{field, host::*, GUEST_RAX, GUEST_RBP, GUEST_RCX, GUEST_RSP};
 use super::link::Exit;
 use super::shape::{home, Operand, Role};
 use super::stubs::Stubs;
+use super::vector::open;
 use crate::cpu::op::{Op, ADDR16, ADDR32};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, Register};
 use std::sync::atomic::AtomicU64;
@@ -415,9 +416,9 @@ impl Emitter<'_> {
     }
 
     fn vector(&mut self, step: &Step) {
-        let level = super::vector::level(&step.ins);
-        if self.opened < level {
-            self.open(level);
+        let door = super::vector::door(&step.ins);
+        if open::DOORS[door] & !self.opened != 0 {
+            self.open(door);
         }
         self.copy_with(step, super::vector::alignment(&step.ins));
     }
@@ -436,21 +437,23 @@ impl Emitter<'_> {
     }
 
     /// Opens the vector registers, or leaves to the handler for good.
-    fn open(&mut self, level: u8) {
-        let at = if level == 1 { field::XMM_CLOSED } else { field::MXCSR_CLOSED };
+    fn open(&mut self, door: usize) {
+        // What is behind the others is open when they are.
+        let (at, bytes) =
+            [(field::XMM_CLOSED, 1), (field::MXCSR_CLOSED, 1), (field::YMM_CLOSED, 1), (field::MXCSR_CLOSED, 2)][door];
         let from = self.asm.label();
-        self.asm.load_short(1, RCX, cell(at));
+        self.asm.load_short(bytes, RCX, cell(at));
         self.asm.skip_if_ecx_zero(5 + 3 + 5);
-        self.asm.call_to(self.stubs.open[level as usize - 1]);
+        self.asm.call_to(self.stubs.open[door]);
         self.asm.skip_if_ecx_zero(5);
         self.asm.jump(from);
         let save = self.flags == Flags::Host;
         self.misses.push(Miss { from, back: false, resume: None, index: self.index, save, load: false });
-        self.opened = level;
+        self.opened |= open::DOORS[door];
     }
 
     fn copy(&mut self, step: &Step, memory: Option<Rm>) {
-        let Parts { reg, rm, count_in_cl } = parts(&step.plan);
+        let Parts { reg, vvvv, rm, count_in_cl } = parts(&step.plan);
         let digit = step.plan.shape.modrm.map_or(0, |m| m >> 3 & 7);
         if count_in_cl {
             self.asm.load32(RCX, Rm::Reg(GUEST_RCX));
@@ -459,6 +462,10 @@ impl Emitter<'_> {
         let (reg_field, reg_slot) = match reg {
             Some(o) => self.bring(&o, RAX, exchanges),
             None => (Rm::Reg(digit), None),
+        };
+        let (vvvv_field, vvvv_slot) = match vvvv {
+            Some(o) => self.bring(&o, RCX, false),
+            None => (Rm::Reg(0), None),
         };
         let (rm_field, rm_slot) = match (memory, rm) {
             (Some(memory), _) => (memory, None),
@@ -477,9 +484,12 @@ impl Emitter<'_> {
             }
             (None, None) => (Rm::Reg(GUEST_RAX), None),
         };
-        let Rm::Reg(reg_number) = reg_field else { unreachable!("bring() gives registers") };
-        self.encode(step, reg_number, rm_field, reg.is_some());
-        for (slot, scratch) in [(reg_slot, RAX), (rm_slot, R11)] {
+        let (Rm::Reg(reg_number), Rm::Reg(vvvv_number)) = (reg_field, vvvv_field) else {
+            unreachable!("bring() gives registers")
+        };
+        self.encode(step, [reg_number, vvvv_number], rm_field, reg.is_some());
+        // MULX with one register for both results: the one in ModRM.reg stays.
+        for (slot, scratch) in [(vvvv_slot, RCX), (reg_slot, RAX), (rm_slot, R11)] {
             if let Some(slot) = slot {
                 self.asm.store(slot, scratch);
             }
@@ -501,8 +511,17 @@ impl Emitter<'_> {
         }
     }
 
-    fn encode(&mut self, step: &Step, reg: u8, rm: Rm, reg_is_register: bool) {
+    fn encode(&mut self, step: &Step, [reg, vvvv]: [u8; 2], rm: Rm, reg_is_register: bool) {
         let shape = &step.plan.shape;
+        match (&shape.vex, shape.modrm) {
+            (Some(vex), Some(_)) => {
+                self.asm.vex(vex, reg, vvvv, rm);
+                return self.asm.bytes(shape.immediate());
+            }
+            // VZEROUPPER, VZEROALL.
+            (Some(vex), None) => return self.asm.bytes(&[0xc5, 0xf8 | (vex.long as u8) << 2, vex.opcode]),
+            _ => {}
+        }
         let byte = step.plan.operands.iter().flatten().any(|o| o.size == 1 && o.register.is_gpr());
         let prefixes = shape.prefixes();
         let mut opcode = [0u8; 3];
@@ -705,6 +724,7 @@ impl Emitter<'_> {
 /// The operands of a copy by place.
 struct Parts {
     reg: Option<Operand>,
+    vvvv: Option<Operand>,
     rm: Option<Operand>,
     count_in_cl: bool,
 }
@@ -712,5 +732,5 @@ struct Parts {
 fn parts(plan: &Plan) -> Parts {
     let find = |roles: &[Role]| plan.operands.iter().flatten().find(|o| roles.contains(&o.role)).copied();
     let count_in_cl = plan.operands.iter().flatten().any(|o| o.role == Role::Implied && o.register == Register::CL);
-    Parts { reg: find(&[Role::Reg]), rm: find(&[Role::RmReg, Role::OpcodeReg]), count_in_cl }
+    Parts { reg: find(&[Role::Reg]), vvvv: find(&[Role::Vvvv]), rm: find(&[Role::RmReg, Role::OpcodeReg]), count_in_cl }
 }

@@ -68,9 +68,11 @@ pub(crate) struct Native {
     pub xmm_closed: u8,
     /// Zero while the guest's MXCSR is in force, too.
     pub mxcsr_closed: u8,
+    /// Zero while the upper halves of the YMM registers are there, too.
+    pub ymm_closed: u8,
     /// A store changed code: leave after this instruction.
     pub left: u8,
-    _pad: [u8; 3],
+    _pad: [u8; 2],
     /// What decides which code a linear address holds, see `Cpu::context`; low 32 bits.
     pub context: u32,
     _pad2: u32,
@@ -113,8 +115,9 @@ impl Native {
         Self {
             xmm_closed: 1,
             mxcsr_closed: 1,
+            ymm_closed: 1,
             left: 0,
-            _pad: [0; 3],
+            _pad: [0; 2],
             context: 0,
             _pad2: 0,
             page: 0,
@@ -144,11 +147,13 @@ pub mod field {
     pub const RIP: i32 = at(offset_of!(Cpu, rip));
     pub const CR0: i32 = at(offset_of!(Cpu, cr0));
     pub const CR4: i32 = at(offset_of!(Cpu, cr4));
+    pub const XCR0: i32 = at(offset_of!(Cpu, xcr0));
     pub const FP: i32 = at(offset_of!(Cpu, fp));
     pub const RIP_BASE: i32 = register(17);
     const NATIVE: usize = offset_of!(Cpu, native);
     pub const XMM_CLOSED: i32 = at(NATIVE + offset_of!(Native, xmm_closed));
     pub const MXCSR_CLOSED: i32 = at(NATIVE + offset_of!(Native, mxcsr_closed));
+    pub const YMM_CLOSED: i32 = at(NATIVE + offset_of!(Native, ymm_closed));
     pub const LEFT: i32 = at(NATIVE + offset_of!(Native, left));
     pub const CONTEXT: i32 = at(NATIVE + offset_of!(Native, context));
     pub const PAGE: i32 = at(NATIVE + offset_of!(Native, page));
@@ -175,3 +180,5 @@ pub mod field {
 }
 
 const _: () = assert!(field::STACK_ADDEND < 128);
+// They are looked at together.
+const _: () = assert!(field::MXCSR_CLOSED == field::XMM_CLOSED + 1 && field::YMM_CLOSED == field::XMM_CLOSED + 2);

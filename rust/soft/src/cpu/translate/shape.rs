@@ -1,7 +1,7 @@
 //! Decode: an instruction's encoding taken apart, so that it can be put together again with other
 //! registers. SDM vol. 2, 2.1.
 
-use super::asm::Rm;
+use super::asm::{Rm, Vex};
 use super::layout::HOME;
 use iced_x86::{ConstantOffsets, Instruction, Mnemonic, OpAccess, OpCodeOperandKind, OpKind, Register};
 
@@ -11,8 +11,10 @@ pub struct Shape {
     /// Prefixes that belong to the opcode or the operand size: 66, F2, F3, and LOCK.
     prefixes: [u8; 3],
     prefix_count: u8,
-    /// REX.W.
+    /// REX.W, VEX.W.
     pub wide: bool,
+    /// The opcode is this one, not `opcode`.
+    pub vex: Option<Vex>,
     opcode: [u8; 3],
     opcode_count: u8,
     /// ModRM as it was.
@@ -22,7 +24,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Takes an instruction of the legacy encodings apart; `None` for VEX and the like.
+    /// Takes an instruction of the legacy or VEX encodings apart; `None` for EVEX and the like.
     pub fn new(bytes: &[u8], offsets: &ConstantOffsets) -> Option<Self> {
         let mut shape = Self::default();
         let mut at = 0;
@@ -48,7 +50,8 @@ impl Shape {
         let count = match bytes.get(at..)? {
             [0x0f, 0x38 | 0x3a, ..] => 3,
             [0x0f, ..] => 2,
-            [0xc4 | 0xc5 | 0x62, ..] => return None,
+            [0xc4 | 0xc5, ..] => return Self::vex(bytes, at, offsets),
+            [0x62, ..] => return None,
             _ => 1,
         };
         shape.opcode[..count].copy_from_slice(bytes.get(at..at + count)?);
@@ -61,6 +64,28 @@ impl Shape {
             let (start, size) = (offsets.immediate_offset(), offsets.immediate_size());
             shape.immediate[..size].copy_from_slice(bytes.get(start..start + size)?);
             shape.immediate_count = size as u8;
+        }
+        Some(shape)
+    }
+
+    fn vex(bytes: &[u8], at: usize, offsets: &ConstantOffsets) -> Option<Self> {
+        // The two-byte form is the three-byte one of map 1 without W.
+        let (map, last, at) = match *bytes.get(at..)? {
+            [0xc5, last, ..] => (1, last & 0x7f, at + 2),
+            [_, first, last, ..] => (first & 0x1f, last, at + 3),
+            _ => return None,
+        };
+        let opcode = *bytes.get(at)?;
+        let wide = last & 0x80 != 0;
+        let vex = Vex { map, prefix: last & 3, long: last & 4 != 0, wide, opcode };
+        let mut shape = Self { wide, vex: Some(vex), ..Self::default() };
+        let zeroes = map == 1 && opcode == 0x77;
+        if !zeroes {
+            shape.modrm = Some(*bytes.get(at + 1)?);
+        }
+        // In map 3 the last byte is an immediate always; iced does not count one that names a register.
+        if map == 3 || offsets.has_immediate() {
+            (shape.immediate[0], shape.immediate_count) = (*bytes.last()?, 1);
         }
         Some(shape)
     }
@@ -130,6 +155,8 @@ fn has_modrm(opcode: &[u8]) -> bool {
 pub enum Role {
     /// ModRM.reg.
     Reg,
+    /// VEX.vvvv.
+    Vvvv,
     /// ModRM.rm, a register.
     RmReg,
     /// ModRM.rm, memory.
@@ -165,7 +192,8 @@ impl Operand {
         let register = ins.op_register(index);
         let role = match (ins.op_kind(index), kind) {
             (OpKind::Memory, _) => Role::Memory,
-            (OpKind::Register, K::r8_reg | K::r16_reg | K::r32_reg | K::r64_reg | K::xmm_reg) => Role::Reg,
+            (OpKind::Register, K::r8_reg | K::r16_reg | K::r32_reg | K::r64_reg | K::xmm_reg | K::ymm_reg) => Role::Reg,
+            (OpKind::Register, K::r32_vvvv | K::r64_vvvv | K::xmm_vvvv | K::ymm_vvvv) => Role::Vvvv,
             (
                 OpKind::Register,
                 K::r8_or_mem
@@ -173,13 +201,15 @@ impl Operand {
                 | K::r32_or_mem
                 | K::r64_or_mem
                 | K::xmm_or_mem
+                | K::ymm_or_mem
                 | K::r16_rm
                 | K::r32_rm
                 | K::r64_rm
-                | K::xmm_rm,
+                | K::xmm_rm
+                | K::ymm_rm,
             ) => Role::RmReg,
             (OpKind::Register, K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode) => Role::OpcodeReg,
-            (OpKind::Register, K::al | K::ax | K::eax | K::rax | K::cl) => Role::Implied,
+            (OpKind::Register, K::al | K::ax | K::eax | K::rax | K::cl | K::xmm_is4 | K::ymm_is4) => Role::Implied,
             (OpKind::Register, _) => Role::Other,
             (kind, _) if kind >= OpKind::Immediate8 && kind <= OpKind::Immediate32to64 => Role::Implied,
             _ => Role::Other,
@@ -240,8 +270,12 @@ mod tests {
     }
 
     #[test]
-    fn test_shape_of_vex_is_none() {
-        let bytes = [0xc5, 0xf8, 0x77];
-        assert!(Shape::new(&bytes, &ConstantOffsets::default()).is_none());
+    fn test_shape_of_both_vex_forms() {
+        let zero_upper = shape(&[0xc5, 0xf8, 0x77]);
+        assert_eq!((zero_upper.vex.map(|v| v.opcode), zero_upper.modrm), (Some(0x77), None));
+        // vblendvpd ymm1, ymm2, [rbx], ymm4
+        let blend = shape(&[0xc4, 0xe3, 0x6d, 0x4b, 0x0b, 0x40]);
+        assert_eq!(blend.vex, Some(Vex { map: 3, prefix: 1, long: true, wide: false, opcode: 0x4b }));
+        assert_eq!((blend.modrm, blend.immediate()), (Some(0x0b), &[0x40][..]));
     }
 }

@@ -4,11 +4,13 @@
 //! Translated code runs with RSP aligned to 16 bytes, so that a stub it calls may call Rust after
 //! moving RSP by 8. At every call-out the flags are in the `Cpu`.
 
-use super::asm::{cc, cell, group, Asm, Label, Rm};
+use super::asm::{cc, cell, group, Asm, Label, Rm, Vex};
 use super::layout::{field, host::*, BIAS, HOME};
 use super::link::{jump, JUMPS};
+use super::vector::open;
 use crate::cpu::state::{cr0, cr4};
-use crate::host::fpstate::{MXCSR, MXCSR_INIT, XMM};
+use crate::host::fpstate::{MXCSR, MXCSR_INIT, XMM, YMM_HIGH};
+use crate::host::xsave::{AVX, SSE};
 
 /// Why translated code came back.
 #[allow(missing_docs)]
@@ -48,8 +50,8 @@ pub struct Stubs {
     /// R11: a linear address of the stack. Where its page may be written to, it becomes the stack
     /// page, R11 the host address, and ZF is set. Changes RAX and RCX.
     pub stack: usize,
-    /// Open XMM, open MXCSR too; ECX is zero where that succeeded.
-    pub open: [usize; 2],
+    /// By number of `vector::open::DOORS`; ECX is zero where it is open now.
+    pub open: [usize; 4],
 }
 
 /// Calls an operation: zero, or the stop's number plus one.
@@ -64,14 +66,15 @@ struct Builder {
     /// The same, registers being stored.
     leave_stored: Label,
     close: Label,
-    open: [Label; 2],
+    open: [Label; 4],
 }
 
 /// The code of the stubs, to be put at the region's start.
 pub fn build(call_out: CallOut) -> (Vec<u8>, Stubs) {
     let mut asm = Asm::new(0);
-    let [leave, leave_stored, close, open0, open1] = std::array::from_fn(|_| asm.label());
-    let mut b = Builder { asm, leave, leave_stored, close, open: [open0, open1] };
+    let [leave, leave_stored, close] = std::array::from_fn(|_| asm.label());
+    let open = std::array::from_fn(|_| asm.label());
+    let mut b = Builder { asm, leave, leave_stored, close, open };
     let mut stubs = Stubs::default();
     // Data first: the host's MXCSR.
     b.asm.bytes(&MXCSR_INIT.to_le_bytes());
@@ -184,8 +187,8 @@ impl Builder {
         self.asm.store(cell(field::OP), RCX);
         self.store_registers();
         self.move_stack(-8);
-        // Both closed bytes at once, to know after the call what was open.
-        self.asm.load_short(2, RBX, cell(field::XMM_CLOSED));
+        // All closed bytes at once, to know after the call what was open.
+        self.asm.load32(RBX, cell(field::XMM_CLOSED));
         self.asm.cmp_byte(cell(field::XMM_CLOSED), 0);
         self.asm.jump_if(cc::NE, closed);
         self.call_label(self.close);
@@ -224,16 +227,16 @@ impl Builder {
 
     /// Opens what EBX says was open; RBX is loaded anew afterwards.
     fn reopen(&mut self, failed: Label) {
-        let done = self.asm.label();
-        for (mask, door) in [(0xff, 0), (0xff00, 1)] {
+        for door in 0..3 {
+            let was_closed = self.asm.label();
             self.asm.modrm(&[], false, false, &[0xf7], 0, Rm::Reg(RBX)); // test ebx, mask
-            self.asm.bytes(&(mask as u32).to_le_bytes());
-            self.asm.jump_if(cc::NE, done);
+            self.asm.bytes(&(0xff_u32 << (8 * door)).to_le_bytes());
+            self.asm.jump_if(cc::NE, was_closed);
             self.call_label(self.open[door]);
             self.asm.alu(false, group::OR, RCX, Rm::Reg(RCX));
             self.asm.jump_if(cc::NE, failed);
+            self.asm.place(was_closed);
         }
-        self.asm.place(done);
     }
 
     fn link(&mut self) -> (usize, usize) {
@@ -319,6 +322,7 @@ impl Builder {
             // movaps [rax + XMM + 16 * index], xmm
             self.asm.modrm(&[], false, false, &[0x0f, 0x29], index, Rm::Mem(RAX, (XMM + 16 * index as usize) as i32));
         }
+        self.close_ymm();
         let done = self.asm.label();
         self.asm.cmp_byte(cell(field::MXCSR_CLOSED), 0);
         self.asm.jump_if(cc::NE, done);
@@ -332,9 +336,39 @@ impl Builder {
         self.ret();
     }
 
-    /// The two doors. They change RAX and RCX, and keep the flags.
-    fn opening(&mut self) -> [usize; 2] {
-        [0, 1].map(|door| {
+    /// RAX is the vector state's address. Upper halves left in use would slow down SSE instructions.
+    fn close_ymm(&mut self) {
+        let closed = self.asm.label();
+        self.asm.cmp_byte(cell(field::YMM_CLOSED), 0);
+        self.asm.jump_if(cc::NE, closed);
+        for index in 0..16 {
+            let half = Rm::Mem(RAX, (YMM_HIGH + 16 * index as usize) as i32);
+            self.asm.vex(&Vex { map: 3, prefix: 1, long: true, wide: false, opcode: 0x19 }, index, 0, half); // vextractf128
+            self.asm.bytes(&[1]);
+        }
+        self.asm.bytes(&[0xc5, 0xf8, 0x77]); // vzeroupper
+        self.asm.store_imm(1, cell(field::YMM_CLOSED), 1);
+        self.asm.place(closed);
+    }
+
+    /// RAX is the vector state's address.
+    fn open_ymm(&mut self) {
+        let open = self.asm.label();
+        self.asm.cmp_byte(cell(field::YMM_CLOSED), 0);
+        self.asm.jump_if(cc::E, open);
+        for index in 0..16 {
+            let half = Rm::Mem(RAX, (YMM_HIGH + 16 * index as usize) as i32);
+            let insert = Vex { map: 3, prefix: 1, long: true, wide: false, opcode: 0x18 };
+            self.asm.vex(&insert, index, index, half); // vinsertf128
+            self.asm.bytes(&[1]);
+        }
+        self.asm.store_imm(1, cell(field::YMM_CLOSED), 0);
+        self.asm.place(open);
+    }
+
+    /// The doors. They change RAX and RCX, and keep the flags.
+    fn opening(&mut self) -> [usize; 4] {
+        [0, 1, 2, 3].map(|door| {
             let start = self.align();
             self.asm.place(self.open[door]);
             let (done, no) = (self.asm.label(), self.asm.label());
@@ -344,8 +378,20 @@ impl Builder {
             self.asm.jump_if(cc::NE, no);
             self.test(field::CR4, cr4::OSFXSR as u32);
             self.asm.jump_if(cc::E, no);
+            let wanted = open::DOORS[door];
+            if wanted & open::YMM != 0 {
+                self.test(field::CR4, cr4::OSXSAVE as u32);
+                self.asm.jump_if(cc::E, no);
+                self.asm.load32(RAX, cell(field::XCR0));
+                self.asm.alu_imm(false, group::AND, Rm::Reg(RAX), (SSE | AVX) as i32);
+                self.asm.alu_imm(false, group::CMP, Rm::Reg(RAX), (SSE | AVX) as i32);
+                self.asm.jump_if(cc::NE, no);
+            }
             self.open_xmm();
-            if door == 1 {
+            if wanted & open::YMM != 0 {
+                self.open_ymm();
+            }
+            if wanted & open::MXCSR != 0 {
                 self.open_mxcsr(done, no);
             }
             self.asm.place(done);
