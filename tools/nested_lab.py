@@ -60,6 +60,8 @@ def prepare(share: Path, arguments: argparse.Namespace) -> None:
     for name in INNER_KERNELS:
         shutil.copy2(kernels.fetch(name, say).image, share / "kernels" / name)
     shutil.copy2(initrd.busybox(progress=say), share / "kernels" / "initrd.img")
+    # What Ostler would fetch where it is missing; the lab has no network.
+    shutil.copytree(initrd.busybox_program(say).parent, share / "cache" / "busybox")
     programs = cache_root() / "programs"
     if programs.is_dir():
         shutil.copytree(programs, share / "programs")
@@ -102,6 +104,7 @@ def command(share: Path, disk: Path, image: Path) -> list[str]:
         "-no-reboot", "-nodefaults", "-serial", "stdio", "-kernel", str(kernels.fetch(outer.KERNEL, say).image),
         "-initrd", str(image), "-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable",
         "-drive", f"file={disk},if=virtio,format=raw,snapshot=on",
+        "-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net,romfile=",
         "-virtfs", f"local,path={share},mount_tag=share,security_model=none",
     ]  # fmt: skip
 
@@ -133,7 +136,7 @@ def carry_here(steps: Steps, name: str, words: list[str]) -> None:
 
 def expected_steps(arguments: argparse.Namespace) -> set[str]:
     """Every step there should be a result of."""
-    names = {"kvm", "install", "doctor"} | (set() if arguments.no_tests else {"conformance"})
+    names = {"kvm", "install", "doctor", "image", "forwarded"} | (set() if arguments.no_tests else {"conformance"})
     names |= {
         f"boot:{kernel}:{cpus}:{turn + 1}" for kernel in INNER_KERNELS for cpus in (1, 2)
         for turn in range(arguments.turns)
@@ -158,7 +161,11 @@ def lab(arguments: argparse.Namespace) -> int:
         say("booting the lab")
         steps |= run(command(share, disk, image))
         for turn in range(1, arguments.carries + 1):
-            carry_here(steps, f"continue-here:{turn}", ["continue", f"{share}/carry/kvm-{turn}"])
+            name, state = f"continue-here:{turn}", share / "carry" / f"kvm-{turn}"
+            carry_here(steps, name, ["continue", str(state)])
+            if steps[name][0] and state.exists():
+                kept = shutil.copy2(state, cache_root() / "lab" / f"failed-{time.time():.0f}-{turn}")
+                say(f"kept what failed: carry.py continue --accel soft {kept}")
     failed = sorted(name for name, (status, _) in steps.items() if status != 0)
     expected = expected_steps(arguments)
     failed += [f"{name} (never ran)" for name in sorted(expected - steps.keys())]

@@ -1,4 +1,4 @@
-"""What the lab's outer guest is made of: a Debian disk with Python and the packages Ostler needs, and an initrd.
+"""What the lab's outer guest is made of: a Debian disk with Python, the packages Ostler needs, a guest image; an initrd.
 
 Both come from Debian's and Python's archives once and then from the cache. The disk holds Python's files compiled, by
 its own Python: under an emulated processor compiling takes longer than running.
@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from ostler.images import bootstrap, cache, initrd, kernels, modules, rootdisk, trees
+from ostler.images import bootstrap, cache, initrd, kernels, modules, rootdisk, store, trees
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 KERNEL, RELEASE = "debian-12", "bookworm"
 PYTHON = "3.11"
-PACKAGES = ("python3", "binutils")
+PACKAGES = ("python3", "binutils", "passt")
 TEST_PACKAGES = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pip", "hatchling", "setuptools")
-MODULES = ("virtio_pci", "virtio_blk", "ext4", "crc32c_generic", "9pnet_virtio", "9p", "kvm_amd")
-DISK_BYTES = 2 << 30
-VERSION = 1
+MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "ext4", "crc32c_generic", "9pnet_virtio", "9p", "kvm_amd")
+DISK_BYTES = 3 << 30
+# The guest image that is in the lab's cache.
+IMAGE = "debian"
+VERSION = 2
 
 
 def say(step: str, fraction: float | None = None) -> None:  # noqa: ARG001 - a listener of images' progress
@@ -40,7 +43,8 @@ def dependencies() -> list[str]:
 
 def disk() -> Path:
     """Return the outer guest's root disk, an ext4 file system."""
-    wanted = {"version": VERSION, "packages": PACKAGES, "python": dependencies()}
+    image = store.ensure(IMAGE, say)
+    wanted = {"version": VERSION, "packages": PACKAGES, "python": dependencies(), "image": image.digest}
     key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> dict[str, Any]:
@@ -51,11 +55,20 @@ def disk() -> Path:
         install += ["--target", str(tree.path / "lab/site"), "--python-version", PYTHON, "--only-binary", ":all:"]
         subprocess.run([*install, *dependencies()], check=True)
         compile_python(tree)
+        put_image(image, tree.path / "lab/cache/images")
         rootdisk.build(tree, folder / "disk.ext4", size_bytes=DISK_BYTES, progress=say)
         subprocess.run(["rm", "-rf", tree.path], check=True)
         return {"packages": list(PACKAGES), "python": dependencies()}
 
     return cache.obtain(f"lab/disk-{key}", build, say).path / "disk.ext4"
+
+
+def put_image(image: store.Image, images: Path) -> None:
+    """Copy an image into another store, its disk's holes as holes."""
+    (images / "names").mkdir(parents=True)
+    (images / "sha256").mkdir()
+    subprocess.run(["cp", "-r", "--sparse=always", str(image.path), str(images / "sha256")], check=True)
+    shutil.copy(store.root() / "names" / f"{image.name}.json", images / "names")
 
 
 def compile_python(tree: trees.Tree) -> None:
