@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.table import Table
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One workload: medians by side."""
+    """One workload: medians by side, of figures corrected for the CPU time a side got, and as the clock had them."""
 
     name: str
     unit: str
@@ -21,12 +21,14 @@ class Row:
     more_is_better: bool
     bar: float | None
     """How many times better than the second side the first one is to be."""
+    clock: dict[str, float] = field(default_factory=dict)
 
-    def ratio(self, ours: str, other: str) -> float | None:
+    def ratio(self, ours: str, other: str, *, by_clock: bool = False) -> float | None:
         """How many times better `ours` is; None where one of them has no figure."""
-        if not self.medians.get(ours) or not self.medians.get(other):
+        medians = self.clock if by_clock else self.medians
+        if not medians.get(ours) or not medians.get(other):
             return None
-        quotient = self.medians[other] / self.medians[ours]
+        quotient = medians[other] / medians[ours]
         return 1 / quotient if self.more_is_better else quotient
 
 
@@ -38,16 +40,19 @@ def note(text: str) -> None:
 def table(rows: Sequence[Row], sides: Sequence[str]) -> None:
     """Print it; the first side is ours."""
     ours, *others = sides
+    kinds = (False, True) if any(row.clock for row in rows) else (False,)
     drawn = Table(title="medians; ratios above 1 say that Ostler is quicker", title_justify="left")
     drawn.add_column("workload")
     for other in others:
         drawn.add_column(f"ratio to {other}", justify="right")
+        if kinds[1:]:
+            drawn.add_column("by the clock", justify="right")
     drawn.add_column("wanted", justify="right")
     for side in sides:
         drawn.add_column(side, justify="right")
     drawn.add_column("unit")
     for row in rows:
-        ratios = [row.ratio(ours, other) for other in others]
+        ratios = [row.ratio(ours, other, by_clock=by_clock) for other in others for by_clock in kinds]
         drawn.add_row(
             row.name,
             *(f"{ratio:.2f}" if ratio else "-" for ratio in ratios),

@@ -1,7 +1,9 @@
 """`make bench` for what people do in guests: the same programs on Ostler, on QEMU's TCG and natively, side by side.
 
 One Debian tree serves as initrd of both guests and as chroot. The sides alternate, medians count, the ratio comes
-first. `--json FILE` keeps every figure, `--picture FILE` draws the ratios (PNG or SVG; needs matplotlib).
+first. On a machine with other work a side gets a part of a processor only: figures are corrected for that part, by the
+CPU time that its processes took (`watched.py`); the ratio by the clock stands beside. `--json FILE` keeps every
+figure, `--picture FILE` draws the ratios (PNG or SVG; needs matplotlib).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benches import peer, report
+from benches.watched import Line, console
 
 from ostler.errors import OstlerError
 from ostler.images import cache, initrd, kernels, rootfs
@@ -36,6 +39,9 @@ PACKAGES = (
 MEMORY = "3072"
 HUNG_S = 3600
 TWO_CPUS = ("sysbench-cpu-2",)
+NATIVE = "native"
+# Natively these count their own CPU time; in a guest that is the clock.
+OPENSSL = ("aes-128-cbc", "sha-256", "chacha20", "rsa-2048-sign")
 RATES = {
     "aes-128-cbc": "MB/s", "sha-256": "MB/s", "chacha20": "MB/s", "rsa-2048-sign": "/s", "sysbench-cpu": "/s",
     "sysbench-cpu-2": "/s", "sysbench-memory": "MiB/s",
@@ -48,27 +54,15 @@ BARS = {
     "sysbench-cpu-2": None,
 }  # fmt: skip
 # Not anchored: firmware leaves an escape sequence before the first line.
-LINE = re.compile(r"WORK (\S+) (?:([\d.]+)|failed: (.*?))\r?$", re.MULTILINE)
+LINE = re.compile(r"WORK (\S+) (?:([\d.]+)|failed: (.*?))$")
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of those compared: a function from workload names and a number of processors to a console's text."""
+    """One of those compared: a function from workload names and a number of processors to a console's lines."""
 
     name: str
-    run: Callable[[Sequence[str], int], str]
-
-
-def console(command: Sequence[str], limit_s: float = HUNG_S) -> str:
-    """All a command prints; its own end is not judged, a workload that is missing from the text failed."""
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit_s,
-            check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        return (error.stdout or b"").decode(errors="replace")
-    return done.stdout.decode(errors="replace")
+    run: Callable[[Sequence[str], int], list[Line]]
 
 
 def cmdline(names: Sequence[str]) -> str:
@@ -79,11 +73,11 @@ def cmdline(names: Sequence[str]) -> str:
 def ostler_side(kernel: Path, image: Path, *, accel: str) -> Side:
     """Ostler's own command."""
 
-    def run(names: Sequence[str], cpus: int) -> str:
+    def run(names: Sequence[str], cpus: int) -> list[Line]:
         return console([
             sys.executable, "-m", "ostler", "run", "--accel", accel, "--memory", f"{MEMORY}M", "--cpus", str(cpus),
             "--kernel", str(kernel), "--initrd", str(image), "--append", cmdline(names),
-        ])  # fmt: skip
+        ], HUNG_S)  # fmt: skip
 
     return Side("ostler", run)
 
@@ -91,12 +85,12 @@ def ostler_side(kernel: Path, image: Path, *, accel: str) -> Side:
 def qemu_side(qemu: peer.Peer, kernel: Path, image: Path) -> Side:
     """QEMU's pc board, every boot of which ends, and all that its TCG can do."""
 
-    def run(names: Sequence[str], cpus: int) -> str:
+    def run(names: Sequence[str], cpus: int) -> list[Line]:
         return console([
             *qemu.program, "-M", "pc", "-accel", "tcg,thread=multi", "-cpu", "max", "-m", MEMORY, "-smp", str(cpus),
             "-nographic", "-no-reboot", "-net", "none", "-kernel", qemu.file(kernel), "-initrd", qemu.file(image),
             "-append", cmdline(names),
-        ])  # fmt: skip
+        ], HUNG_S)  # fmt: skip
 
     return Side(qemu.name, run)
 
@@ -108,12 +102,12 @@ def native_side(tree: Path) -> Side:
         ' && exec chroot "$@"'
     )
 
-    def run(names: Sequence[str], cpus: int) -> str:
+    def run(names: Sequence[str], cpus: int) -> list[Line]:
         pinned = ["taskset", "-c", ",".join(map(str, sorted(os.sched_getaffinity(0))[:cpus]))]
         inside = [str(tree), str(tree), "python3", "/work.py", *names]
-        return console([*pinned, "unshare", "--mount", "sh", "-c", enter, "sh", *inside])
+        return console([*pinned, "unshare", "--mount", "sh", "-c", enter, "sh", *inside], HUNG_S)
 
-    return Side("native", run)
+    return Side(NATIVE, run)
 
 
 def unpack(image: Path, into: Path) -> None:
@@ -123,9 +117,23 @@ def unpack(image: Path, into: Path) -> None:
         subprocess.run([program, "cpio", "-idm"], cwd=into, stdin=archive, check=True, stderr=subprocess.DEVNULL)
 
 
-def measure(sides: Sequence[Side], names: Sequence[str], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Figures by workload and side. Failures are said and left out."""
-    figures: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in names}
+@dataclass(slots=True)
+class Figures:
+    """What was measured, by workload and side: as the guest's clock had it, and corrected for the share of a
+    processor that the side got meanwhile."""
+
+    clock: dict[str, dict[str, list[float]]]
+    alone: dict[str, dict[str, list[float]]]
+
+    def add(self, name: str, side: str, figure: float, share: float) -> None:
+        """Keep a figure; with half a processor a time is twice what it should be, and a rate is half of it."""
+        self.clock[name][side].append(figure)
+        self.alone[name][side].append(figure / share if name in RATES else figure * share)
+
+
+def measure(sides: Sequence[Side], names: Sequence[str], rounds: int) -> Figures:
+    """Run everything, the sides alternating. Failures are said and left out."""
+    figures = Figures({name: defaultdict(list) for name in names}, {name: defaultdict(list) for name in names})
     single = [name for name in names if name not in TWO_CPUS]
     groups = [(single, 1), ([name for name in names if name in TWO_CPUS], 2)]
     for turn in range(rounds):
@@ -137,26 +145,39 @@ def measure(sides: Sequence[Side], names: Sequence[str], rounds: int) -> dict[st
     return figures
 
 
-def collect(side: Side, group: Sequence[str], cpus: int, figures: dict[str, dict[str, list[float]]]) -> None:
+def collect(side: Side, group: Sequence[str], cpus: int, figures: Figures) -> None:
     """One run of a side."""
-    text = side.run(group, cpus)
-    found = {name: (figure, why) for name, figure, why in LINE.findall(text)}
-    for name in group:
-        figure, why = found.get(name, ("", "no result"))
-        if figure:
-            figures[name][side.name].append(float(figure))
-        else:
-            report.note(f"{side.name}: {name} failed: {why}")
-    if not found:
-        report.note(f"{side.name} said last: {text.strip().splitlines()[-3:]}")
+    lines = side.run(group, cpus)
+    before: Line | None = None
+    failed = dict.fromkeys(group, "no result")
+    for line in lines:
+        found = LINE.search(line.text)
+        if found is None:
+            continue
+        name, figure, why = found.groups()
+        if name in failed and figure and before:
+            own_clock = side.name == NATIVE and name in OPENSSL
+            share = 1.0 if own_clock else (line.cpu_s - before.cpu_s) / (line.clock_s - before.clock_s) / cpus
+            figures.add(name, side.name, float(figure), min(max(share, 0.01), 1.0))
+            del failed[name]
+        elif name in failed:
+            failed[name] = why
+        before = line
+    for name, why in failed.items():
+        report.note(f"{side.name}: {name} failed: {why}")
+    if before is None:
+        report.note(f"{side.name} said last: {[line.text for line in lines[-3:]]}")
 
 
-def summary(figures: dict[str, dict[str, list[float]]]) -> list[report.Row]:
+def summary(figures: Figures) -> list[report.Row]:
     """Medians and ratios."""
     rows = []
-    for name, sides in figures.items():
-        medians = {side: statistics.median(taken) for side, taken in sides.items() if taken}
-        rows.append(report.Row(name, RATES.get(name, "s"), medians, name in RATES, BARS.get(name)))
+    for name in figures.clock:
+        clock, alone = (
+            {side: statistics.median(taken) for side, taken in table[name].items() if taken}
+            for table in (figures.clock, figures.alone)
+        )
+        rows.append(report.Row(name, RATES.get(name, "s"), alone, name in RATES, BARS.get(name), clock))
     return rows
 
 
@@ -183,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.table(rows, names)
     if options.json:
         facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "sides": names}
-        options.json.write_text(json.dumps({**facts, "figures": figures}, indent=2) + "\n")
+        options.json.write_text(json.dumps({**facts, "clock": figures.clock, "alone": figures.alone}, indent=2) + "\n")
     if options.picture:
         report.picture(rows, names, options.picture)
     return 0

@@ -225,6 +225,7 @@ def java():
 
 def main(names):
     """Run the workloads named, or all; a failure is a line of its own."""
+    print("WORK begin 0", flush=True)
     for name in names or list(WORKLOADS):
         began = time.perf_counter()
         try:

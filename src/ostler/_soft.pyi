@@ -37,7 +37,8 @@ class Vm:
         """What the engine did for all vCPUs together: a measure, no part of KVM's API. Never waits.
 
         instructions retired, blocks decoded, translations, code_bytes made, flushes of all code, entries of
-        translated code, tlb_misses, invalidations of code by stores, exits to user space. A running vCPU's
+        translated code, tlb_misses, epochs (all that is known of where code is became
+        void), invalidations of code by stores, exits to user space. A running vCPU's
         share is as of its last interrupt.
         """
     def invalidate(self, gpa: int, size: int) -> None:

@@ -53,6 +53,8 @@ counters! {
     entries,
     /// Accesses and fetches that the TLB did not know.
     tlb_misses,
+    /// Times the addresses that code is found by became void.
+    epochs,
     /// Stores that changed decoded code.
     invalidations,
     /// Returns to user space.

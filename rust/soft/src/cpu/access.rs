@@ -6,6 +6,7 @@
 
 use super::mmu::canonical;
 use super::op::Op;
+use super::walk::Page;
 use super::{vector, Cpu, R};
 use crate::mem::{note_store, PAGE_SIZE};
 
@@ -283,7 +284,7 @@ impl Cpu {
         let logged = write || slot.dirty.is_none();
         let writable = page.writable && logged && Self::store_cacheable(slot, page.gpa);
         if !self.uncached() {
-            self.install(linear, host_page, page.readable, writable, page.executable);
+            self.install(linear, host_page, Page { writable, ..page });
         }
         Ok(Place::Ram(host))
     }

@@ -270,7 +270,7 @@ impl Cpu {
         }
         if !straddles {
             let linear = self.rip.wrapping_add(self.seg_base[seg::CS]);
-            self.tlb.code_regions.note(linear);
+            self.note_code(linear);
             self.blocks.jumps[jump_index(linear)] = Jump { linear, context, block };
         }
         Ok(block)

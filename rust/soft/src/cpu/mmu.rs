@@ -9,17 +9,27 @@
 //! page-crossing accesses) has no matching tag and takes the slow path.
 //!
 //! PCIDs (and CR3 values without PCID) map to address space numbers; forgetting a PCID gives it a
-//! new number. INVLPG clears by slot whatever the number, so global pages need nothing special.
+//! new number. INVLPG clears by slot whatever the number.
+//!
+//! Supervisor accesses under SMAP never meet user pages, and nearly all else is global: their array
+//! has one number for all address spaces, [`KERNEL_ASID`], so that a kernel finds its own pages in
+//! every process. What is not global there is noted, and goes with the next load of CR3.
 
 use super::state::{cr0, cr4, rflags};
+use super::walk::Page;
 use super::{attention, Cpu};
 use crate::mem::Slot;
 use std::sync::atomic::Ordering::Relaxed;
 
 /// Entries per array.
-pub const ENTRIES: usize = 1024;
+pub const ENTRIES: usize = 4096;
 /// A tag that matches no access (0xfff is never an address space number).
 pub const INVALID: u64 = u64::MAX;
+
+/// The address space number of supervisor accesses under SMAP.
+const KERNEL_ASID: u64 = 0xffe;
+/// Notes of pages that are not global, before all of their array goes.
+const LOCALS: usize = 64;
 
 /// One TLB entry.
 #[derive(Clone, Copy)]
@@ -53,9 +63,20 @@ pub enum Mode {
 pub struct Tlb {
     arrays: Box<[[Entry; ENTRIES]; 4]>,
     pub(crate) mode: Mode,
-    /// Where the jump caches may lead to.
-    pub(crate) code_regions: Regions,
+    /// The pages that the jump caches may lead to.
+    pub(crate) code: Filter,
+    /// The 2 MiB regions of which a large page has been cached: INVLPG forgets all fragments of one.
+    large: Filter,
+    /// Slots of the SMAP array that may hold pages which are not global; more than [`LOCALS`]: any may.
+    locals: Vec<u16>,
+    /// There was code on such pages.
+    local_code: bool,
+    /// The SMAP array has [`KERNEL_ASID`]; not where most pages turned out to be local, as those of a
+    /// kernel that hides from its processes are.
+    shared_kernel: bool,
     asid_of_pcid: Box<[u16; 4096]>,
+    /// The number of CR3's PCID.
+    user_asid: u64,
     next_asid: u16,
     /// A write tag went while [`attention::WRITES`] waited: which page's is not known any more.
     pub(crate) writes_lost: bool,
@@ -66,8 +87,13 @@ impl Default for Tlb {
         Self {
             arrays: vec![[EMPTY; ENTRIES]; 4].into_boxed_slice().try_into().ok().unwrap_or_else(|| unreachable!()),
             mode: Mode::Super,
-            code_regions: Regions::default(),
+            code: Filter::default(),
+            large: Filter::default(),
+            locals: Vec::with_capacity(LOCALS + 1),
+            local_code: false,
+            shared_kernel: true,
             asid_of_pcid: Box::new([0; 4096]),
+            user_asid: 1,
             next_asid: 1,
             writes_lost: false,
         }
@@ -84,6 +110,25 @@ impl Tlb {
         for array in self.arrays.iter_mut() {
             array.fill(EMPTY);
         }
+        self.large.clear();
+        self.locals.clear();
+        self.shared_kernel = true;
+    }
+
+    /// Forgets the SMAP array's pages that are not global; tells whether a store could go to one.
+    fn drop_locals(&mut self) -> bool {
+        let array = &mut self.arrays[Mode::Smap as usize];
+        let any = if self.locals.len() > LOCALS {
+            array.fill(EMPTY);
+            self.shared_kernel = false;
+            true
+        } else {
+            self.locals
+                .iter()
+                .fold(false, |any, &slot| any | (std::mem::replace(&mut array[slot as usize], EMPTY).w != INVALID))
+        };
+        self.locals.clear();
+        any
     }
 
     fn drop_writes(&mut self) {
@@ -93,32 +138,35 @@ impl Tlb {
     }
 }
 
-/// A filter of 2 MiB regions, hashed: what INVLPG forgets at once. Most of what it is used for is
-/// data, which the jump caches know nothing of.
-#[derive(Default)]
-pub(crate) struct Regions([u64; 16]);
+/// A set of page or region numbers that may say yes where it should say no.
+pub(crate) struct Filter(Box<[u64; 1024]>);
 
-impl Regions {
-    fn bit(linear: u64) -> (usize, u64) {
-        let hash = (linear >> 21).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54;
+impl Default for Filter {
+    fn default() -> Self {
+        Self(Box::new([0; 1024]))
+    }
+}
+
+impl Filter {
+    fn bit(number: u64) -> (usize, u64) {
+        let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
         (hash as usize >> 6, 1 << (hash & 63))
     }
 
-    /// Notes that a jump cache leads there.
+    /// Puts a number in.
     #[inline]
-    pub fn note(&mut self, linear: u64) {
-        let (word, bit) = Self::bit(linear);
+    pub fn note(&mut self, number: u64) {
+        let (word, bit) = Self::bit(number);
         self.0[word] |= bit;
     }
 
-    /// Whether one may; then all are forgotten, as the caller lets the caches forget everything.
-    fn take(&mut self, linear: u64) -> bool {
-        let (word, bit) = Self::bit(linear);
-        let noted = self.0[word] & bit != 0;
-        if noted {
-            self.0 = [0; 16];
-        }
-        noted
+    fn has(&self, number: u64) -> bool {
+        let (word, bit) = Self::bit(number);
+        self.0[word] & bit != 0
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.0.fill(0);
     }
 }
 
@@ -164,8 +212,16 @@ impl Cpu {
         self.tlb.mode = mode;
         let array = if self.uncached() { NEVER } else { mode as usize };
         self.tlb_now = self.tlb.array(array);
+        let shared = mode == Mode::Smap && self.tlb.shared_kernel;
+        self.asid = if shared { KERNEL_ASID } else { self.tlb.user_asid };
         self.forget_stack_page();
         self.refresh_context();
+    }
+
+    /// Notes that a jump cache leads to the code at a linear address.
+    #[inline]
+    pub(crate) fn note_code(&mut self, linear: u64) {
+        self.tlb.code.note(linear >> 12);
     }
 
     /// Every access takes the slow path and fills nothing: alignment checks, data breakpoints.
@@ -205,7 +261,11 @@ impl Cpu {
     /// another vCPU decoded code there must still count: see `forget_code_pages`.
     #[inline]
     fn note_lost_write(&mut self) {
-        self.tlb.writes_lost |= self.shared.attention.load(Relaxed) & attention::WRITES != 0;
+        self.tlb.writes_lost |= self.writes_wanted();
+    }
+
+    fn writes_wanted(&self) -> bool {
+        self.shared.attention.load(Relaxed) & attention::WRITES != 0
     }
 
     /// Translated code's stack page may be stored to, too.
@@ -243,9 +303,15 @@ impl Cpu {
 
     /// Takes the address space number of CR3's PCID, a new one if it has none.
     fn select_asid(&mut self) {
+        if !self.tlb.locals.is_empty() {
+            self.tlb.writes_lost |= self.tlb.drop_locals() && self.writes_wanted();
+        }
+        if std::mem::take(&mut self.tlb.local_code) {
+            self.new_exec_epoch();
+        }
         let pcid = self.pcid();
         if self.tlb.asid_of_pcid[pcid] == 0 {
-            if self.tlb.next_asid == 0xfff {
+            if self.tlb.next_asid as u64 == KERNEL_ASID {
                 self.note_lost_write();
                 self.tlb.clear();
                 self.tlb.asid_of_pcid.fill(0);
@@ -255,9 +321,8 @@ impl Cpu {
             self.tlb.asid_of_pcid[pcid] = self.tlb.next_asid;
             self.tlb.next_asid += 1;
         }
-        self.asid = self.tlb.asid_of_pcid[pcid] as u64;
-        self.forget_stack_page();
-        self.refresh_context();
+        self.tlb.user_asid = self.tlb.asid_of_pcid[pcid] as u64;
+        self.use_mode(self.tlb.mode);
     }
 
     /// After CR3 was loaded; `keep` when its bit 63 asked not to flush the PCID.
@@ -275,47 +340,50 @@ impl Cpu {
         self.select_asid();
     }
 
-    /// INVLPG: forgets `linear` in every address space, with all of its 2 MiB neighbourhood, as the
+    /// INVLPG: forgets `linear` in every address space, with all of its 2 MiB neighbourhood where the
     /// entry may be a fragment of a large page (pitfall 11). 1 GiB pages are cached as 2 MiB ones
     /// are, in 4 KiB fragments; for them everything goes.
     pub fn invlpg(&mut self, linear: u64) {
-        let region = linear >> 21;
+        let large = self.tlb.large.has(linear >> 21);
+        let (mask, pages) = if large { (!0x1f_ffff, 512) } else { (!0xfff, 1) };
+        let first = linear & mask;
         self.forget_stack_page();
         self.note_lost_write();
         for array in self.tlb.arrays.iter_mut() {
-            let first = index(linear & !0x1f_ffff);
-            for entry in &mut array[first..first + 512] {
-                let of = |tag: u64| tag != INVALID && tag >> 21 == region;
+            for entry in &mut array[index(first)..][..pages] {
+                let of = |tag: u64| tag != INVALID && tag & mask == first;
                 if of(entry.r) || of(entry.w) || of(entry.x) {
                     *entry = EMPTY;
                 }
             }
         }
-        if self.tlb.code_regions.take(linear) {
+        if (first >> 12..).take(pages).any(|page| self.tlb.code.has(page)) {
             self.new_exec_epoch();
         }
     }
 
-    /// Installs a translation. `writable` and `executable` as far as they may be cached now.
-    pub(crate) fn install(
-        &mut self,
-        linear: u64,
-        host_page: *mut u8,
-        readable: bool,
-        writable: bool,
-        executable: bool,
-    ) {
-        let page = linear & !0xfff;
-        let tag = page | self.asid;
+    /// Installs a translation; the rights of `page` are those that may be cached now.
+    pub(crate) fn install(&mut self, linear: u64, host_page: *mut u8, page: Page) {
+        let start = linear & !0xfff;
+        let tag = start | self.asid;
         let pick = |yes: bool| if yes { tag } else { INVALID };
         if self.entry(linear).w != INVALID {
             self.note_lost_write();
         }
+        if page.large {
+            self.tlb.large.note(linear >> 21);
+        }
+        if self.asid == KERNEL_ASID && !page.global {
+            self.tlb.local_code |= page.executable;
+            if self.tlb.locals.len() <= LOCALS {
+                self.tlb.locals.push(index(linear) as u16);
+            }
+        }
         *self.entry(linear) = Entry {
-            r: pick(readable),
-            w: pick(writable),
-            x: pick(executable),
-            addend: (host_page as usize).wrapping_sub(page as usize),
+            r: pick(page.readable),
+            w: pick(page.writable),
+            x: pick(page.executable),
+            addend: (host_page as usize).wrapping_sub(start as usize),
         };
     }
 

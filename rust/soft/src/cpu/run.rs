@@ -48,8 +48,9 @@ impl Cpu {
     pub(crate) fn publish_counters(&mut self) {
         let done = &mut self.counters;
         (done.instructions, done.blocks) = (self.retired, self.blocks.decoded);
-        if let Some(translator) = &self.translator {
+        if let Some(translator) = &mut self.translator {
             translator.stats.count(done);
+            translator.seen = *done;
         }
         self.shared.counters.set(done);
     }

@@ -3,7 +3,7 @@
 use super::access::Int;
 use super::mmu::Mode;
 use super::state::{seg, CodeSize};
-use super::walk::Access;
+use super::walk::{Access, Page};
 use super::{Cpu, R};
 
 impl Cpu {
@@ -118,7 +118,8 @@ impl Cpu {
         let old = *self.entry(linear);
         let keep_write = old.w == (linear & !0xfff) | self.asid;
         if !self.uncached() {
-            self.install(linear, (host as usize & !0xfff) as *mut u8, page.readable, keep_write, true);
+            let page = Page { writable: keep_write, executable: true, ..page };
+            self.install(linear, (host as usize & !0xfff) as *mut u8, page);
         }
         Ok((page.gpa, Some(host)))
     }

@@ -23,6 +23,7 @@ const US: u64 = 4;
 const A: u64 = 1 << 5;
 const D: u64 = 1 << 6;
 const PS: u64 = 1 << 7;
+const G: u64 = 1 << 8;
 const NX: u64 = 1 << 63;
 /// Where a leaf entry has its protection key.
 const KEY_SHIFT: u32 = 59;
@@ -51,6 +52,10 @@ pub struct Page {
     pub writable: bool,
     /// Executable.
     pub executable: bool,
+    /// Its translation outlives loads of CR3.
+    pub global: bool,
+    /// It is more than 4 KiB.
+    pub large: bool,
 }
 
 /// Rights accumulated over the levels.
@@ -72,7 +77,8 @@ impl Cpu {
     /// Translates without faulting; the error is the #PF error code. `update` sets A and D.
     pub fn try_walk(&mut self, linear: u64, access: Access, update: bool) -> Result<Page, u32> {
         if !self.paging() {
-            return Ok(Page { gpa: linear & 0xffff_ffff, readable: true, writable: true, executable: true });
+            let all = Page { gpa: 0, readable: true, writable: true, executable: true, global: false, large: false };
+            return Ok(Page { gpa: linear & 0xffff_ffff, ..all });
         }
         let base = access.write as u32 * pf::W + access.user as u32 * pf::U;
         let nx_reported = self.efer & efer::NXE != 0 && self.cr4 & cr4::PAE != 0 || self.cr4 & cr4::SMEP != 0;
@@ -165,7 +171,8 @@ impl Cpu {
             }
             let offset = (1u64 << shift) - 1;
             let gpa = (pte & address_mask & !offset) | (linear & offset);
-            return Ok(self.page(gpa, rights, access, (pte | want) & D != 0));
+            let page = self.page(gpa, rights, access, (pte | want) & D != 0);
+            return Ok(Page { global: self.is_global(pte), large: level > 1, ..page });
         }
     }
 
@@ -216,7 +223,8 @@ impl Cpu {
             }
             self.log_table(at);
         }
-        Ok(self.page(page_base | (linear & offset), rights, access, (pte | want) & D as u32 != 0))
+        let page = self.page(page_base | (linear & offset), rights, access, (pte | want) & D as u32 != 0);
+        Ok(Page { global: self.is_global(pte as u64), large, ..page })
     }
 
     /// The two bits that PKRU, or IA32_PKRS for supervisor pages, has for a leaf entry's key.
@@ -260,7 +268,19 @@ impl Cpu {
 
     fn page(&self, gpa: u64, rights: Rights, access: Access, dirty: bool) -> Page {
         let may = |write, exec| self.check(rights, Access { write, exec, ..access }).is_ok();
-        Page { gpa, readable: may(false, false), writable: dirty && may(true, false), executable: may(false, true) }
+        Page {
+            gpa,
+            readable: may(false, false),
+            writable: dirty && may(true, false),
+            executable: may(false, true),
+            global: false,
+            large: false,
+        }
+    }
+
+    /// SDM vol. 3, 4.10.2.4: what a leaf entry says, where CR4.PGE lets it.
+    fn is_global(&self, pte: u64) -> bool {
+        pte & G != 0 && self.cr4 & cr4::PGE != 0
     }
 
     /// Loads the PAE page-directory pointers from CR3; `false` when one has reserved bits set.

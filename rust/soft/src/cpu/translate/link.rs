@@ -11,7 +11,7 @@
 use std::sync::atomic::AtomicU64;
 
 /// Entries of the jump table.
-pub const JUMPS: usize = 16384;
+pub const JUMPS: usize = 32768;
 
 /// An entry of the jump table.
 #[derive(Clone, Copy)]

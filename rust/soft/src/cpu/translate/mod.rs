@@ -9,19 +9,22 @@
 //! |---|---|---|
 //! | decode | `shape.rs` | an encoding taken apart |
 //! | analyse | `classes.rs`, `vector.rs` | what is done with an instruction, what it does to the flags |
-//! | emit | `emit.rs`, `memory.rs`, `branch.rs` | host code, by `asm.rs` |
+//! | emit | `emit.rs`; `copies.rs`, `moves.rs`, `memory.rs`, `branch.rs` | host code, by `asm.rs` |
 //! | link | `link.rs`, `run.rs` | pieces joined together, and the loop around them |
 //!
-//! `layout.rs` says where registers and fields are, `stubs.rs` holds the fixed pieces of code.
+//! `layout.rs` says where registers and fields are, `stubs.rs` and `doors.rs` hold the fixed pieces of code.
 
 pub mod asm;
 mod branch;
 mod classes;
+mod copies;
+mod doors;
 pub mod dump;
 mod emit;
 pub mod layout;
 pub(crate) mod link;
 mod memory;
+mod moves;
 mod run;
 mod shape;
 mod stubs;
@@ -94,7 +97,7 @@ impl Drop for Translator {
         if self.dumps != Some(Dumps::Stats) {
             return;
         }
-        eprintln!("{:#?}, {} of {} bytes used", self.stats, self.writer.used(), REGION_BYTES);
+        eprintln!("{:#?}\n{:#?}, {} of {} bytes used", self.seen, self.stats, self.writer.used(), REGION_BYTES);
         let mut calls: Vec<_> = self.handlers.iter().map(|(&handler, &count)| (count, handler)).collect();
         calls.sort_unstable_by(|a, b| b.cmp(a));
         let here = stubs::build as *const () as usize;
@@ -126,6 +129,8 @@ pub struct Translator {
     pub(crate) counted: bool,
     /// What it did.
     pub stats: Stats,
+    /// What its vCPU had done when it published that last.
+    pub(crate) seen: Counters,
 }
 
 // SAFETY: the pointers in `jumps` lead into memory that moves with the Cpu's ownership.
@@ -166,6 +171,7 @@ impl Translator {
             full: false,
             counted: false,
             stats: Stats::default(),
+            seen: Counters::default(),
         }))
     }
 

@@ -73,6 +73,8 @@ impl Cpu {
     /// A linear address may translate otherwise from now on.
     pub(crate) fn new_exec_epoch(&mut self) {
         self.exec_epoch += 1;
+        self.counters.epochs += 1;
+        self.tlb.code.clear();
         // Only 16 bits of it are in the jump table's context.
         if self.exec_epoch & 0xffff == 0 {
             if let Some(translator) = &mut self.translator {
@@ -165,9 +167,9 @@ impl Cpu {
     fn arrive(&mut self, from: Option<u32>, code: &Translation, block: *const Block) {
         let linear = self.rip;
         let context = self.native.context;
-        self.tlb.code_regions.note(linear);
+        self.note_code(linear);
         // It may go on in the next page.
-        self.tlb.code_regions.note(linear.wrapping_add(0xfff));
+        self.note_code(linear.wrapping_add(0xfff));
         let Some(translator) = &mut self.translator else { return };
         match from {
             // SAFETY: as in run_translated().

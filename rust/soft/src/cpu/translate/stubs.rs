@@ -4,13 +4,10 @@
 //! Translated code runs with RSP aligned to 16 bytes, so that a stub it calls may call Rust after
 //! moving RSP by 8. At every call-out the flags are in the `Cpu`.
 
-use super::asm::{cc, cell, group, Asm, Label, Rm, Vex};
+use super::asm::{cc, cell, group, Asm, Label, Rm};
 use super::layout::{field, host::*, BIAS, HOME};
 use super::link::{jump, JUMPS};
-use super::vector::open;
-use crate::cpu::state::{cr0, cr4};
-use crate::host::fpstate::{MXCSR, MXCSR_INIT, XMM, YMM_HIGH};
-use crate::host::xsave::{AVX, SSE};
+use crate::host::fpstate::MXCSR_INIT;
 
 /// Why translated code came back.
 #[allow(missing_docs)]
@@ -59,14 +56,14 @@ pub type CallOut = unsafe extern "sysv64" fn(*mut crate::cpu::Cpu, *const crate:
 
 const SAVED: [u8; 6] = [RBX, RBP, R12, R13, R14, R15];
 
-struct Builder {
-    asm: Asm,
+pub(super) struct Builder {
+    pub asm: Asm,
     /// Stores registers, closes vectors, returns with the reason in EAX.
     leave: Label,
     /// The same, registers being stored.
     leave_stored: Label,
-    close: Label,
-    open: [Label; 4],
+    pub close: Label,
+    pub open: [Label; 4],
 }
 
 /// The code of the stubs, to be put at the region's start.
@@ -109,7 +106,7 @@ fn homes() -> impl Iterator<Item = (u8, Rm)> {
 }
 
 impl Builder {
-    fn align(&mut self) -> usize {
+    pub(super) fn align(&mut self) -> usize {
         while !self.asm.here().is_multiple_of(32) {
             self.asm.bytes(&[0xcc]);
         }
@@ -124,7 +121,7 @@ impl Builder {
         self.asm.bytes(&[0x40 | reg >> 3, 0x58 | reg & 7]);
     }
 
-    fn ret(&mut self) {
+    pub(super) fn ret(&mut self) {
         self.asm.bytes(&[0xc3]);
     }
 
@@ -311,125 +308,5 @@ impl Builder {
         self.asm.place(no);
         self.ret();
         start
-    }
-
-    /// Vector registers to the `Cpu`, the host's MXCSR back. Changes RAX.
-    fn closing(&mut self) {
-        self.align();
-        self.asm.place(self.close);
-        self.asm.load(RAX, cell(field::FP));
-        for index in 0..16 {
-            // movaps [rax + XMM + 16 * index], xmm
-            self.asm.modrm(&[], false, false, &[0x0f, 0x29], index, Rm::Mem(RAX, (XMM + 16 * index as usize) as i32));
-        }
-        self.close_ymm();
-        let done = self.asm.label();
-        self.asm.cmp_byte(cell(field::MXCSR_CLOSED), 0);
-        self.asm.jump_if(cc::NE, done);
-        self.asm.modrm(&[], false, false, &[0x0f, 0xae], 3, Rm::Mem(RAX, MXCSR as i32)); // stmxcsr
-        self.asm.bytes(&[0x0f, 0xae, 0x15]); // ldmxcsr [rip + displacement]: the region's first word
-        let displacement = -(self.asm.here() as i32 + 4);
-        self.asm.bytes(&displacement.to_le_bytes());
-        self.asm.place(done);
-        self.asm.modrm(&[0x66], false, false, &[0xc7], 0, cell(field::XMM_CLOSED));
-        self.asm.bytes(&[1, 1]);
-        self.ret();
-    }
-
-    /// RAX is the vector state's address. Upper halves left in use would slow down SSE instructions.
-    fn close_ymm(&mut self) {
-        let closed = self.asm.label();
-        self.asm.cmp_byte(cell(field::YMM_CLOSED), 0);
-        self.asm.jump_if(cc::NE, closed);
-        for index in 0..16 {
-            let half = Rm::Mem(RAX, (YMM_HIGH + 16 * index as usize) as i32);
-            self.asm.vex(&Vex { map: 3, prefix: 1, long: true, wide: false, opcode: 0x19 }, index, 0, half); // vextractf128
-            self.asm.bytes(&[1]);
-        }
-        self.asm.bytes(&[0xc5, 0xf8, 0x77]); // vzeroupper
-        self.asm.store_imm(1, cell(field::YMM_CLOSED), 1);
-        self.asm.place(closed);
-    }
-
-    /// RAX is the vector state's address.
-    fn open_ymm(&mut self) {
-        let open = self.asm.label();
-        self.asm.cmp_byte(cell(field::YMM_CLOSED), 0);
-        self.asm.jump_if(cc::E, open);
-        for index in 0..16 {
-            let half = Rm::Mem(RAX, (YMM_HIGH + 16 * index as usize) as i32);
-            let insert = Vex { map: 3, prefix: 1, long: true, wide: false, opcode: 0x18 };
-            self.asm.vex(&insert, index, index, half); // vinsertf128
-            self.asm.bytes(&[1]);
-        }
-        self.asm.store_imm(1, cell(field::YMM_CLOSED), 0);
-        self.asm.place(open);
-    }
-
-    /// The doors. They change RAX and RCX, and keep the flags.
-    fn opening(&mut self) -> [usize; 4] {
-        [0, 1, 2, 3].map(|door| {
-            let start = self.align();
-            self.asm.place(self.open[door]);
-            let (done, no) = (self.asm.label(), self.asm.label());
-            self.asm.bytes(&[0x9c]); // pushfq
-            self.asm.load_imm(RCX, 1);
-            self.test(field::CR0, (cr0::EM | cr0::TS) as u32);
-            self.asm.jump_if(cc::NE, no);
-            self.test(field::CR4, cr4::OSFXSR as u32);
-            self.asm.jump_if(cc::E, no);
-            let wanted = open::DOORS[door];
-            if wanted & open::YMM != 0 {
-                self.test(field::CR4, cr4::OSXSAVE as u32);
-                self.asm.jump_if(cc::E, no);
-                self.asm.load32(RAX, cell(field::XCR0));
-                self.asm.alu_imm(false, group::AND, Rm::Reg(RAX), (SSE | AVX) as i32);
-                self.asm.alu_imm(false, group::CMP, Rm::Reg(RAX), (SSE | AVX) as i32);
-                self.asm.jump_if(cc::NE, no);
-            }
-            self.open_xmm();
-            if wanted & open::YMM != 0 {
-                self.open_ymm();
-            }
-            if wanted & open::MXCSR != 0 {
-                self.open_mxcsr(done, no);
-            }
-            self.asm.place(done);
-            self.asm.alu(false, group::XOR, RCX, Rm::Reg(RCX));
-            self.asm.place(no);
-            self.asm.bytes(&[0x9d]); // popfq
-            self.ret();
-            start
-        })
-    }
-
-    fn test(&mut self, at: i32, mask: u32) {
-        self.asm.modrm(&[], false, false, &[0xf7], 0, cell(at));
-        self.asm.bytes(&mask.to_le_bytes());
-    }
-
-    fn open_xmm(&mut self) {
-        let open = self.asm.label();
-        self.asm.load(RAX, cell(field::FP));
-        self.asm.cmp_byte(cell(field::XMM_CLOSED), 0);
-        self.asm.jump_if(cc::E, open);
-        for index in 0..16 {
-            self.asm.modrm(&[], false, false, &[0x0f, 0x28], index, Rm::Mem(RAX, (XMM + 16 * index as usize) as i32));
-        }
-        self.asm.store_imm(1, cell(field::XMM_CLOSED), 0);
-        self.asm.place(open);
-    }
-
-    /// RAX is the vector state's address. Every exception must be masked.
-    fn open_mxcsr(&mut self, done: Label, no: Label) {
-        self.asm.cmp_byte(cell(field::MXCSR_CLOSED), 0);
-        self.asm.jump_if(cc::E, done);
-        self.asm.load32(RCX, Rm::Mem(RAX, MXCSR as i32));
-        // ECX becomes nonzero where a mask bit is clear.
-        self.asm.modrm(&[], false, false, &[0xf7], 2, Rm::Reg(RCX)); // not ecx
-        self.asm.alu_imm(false, group::AND, Rm::Reg(RCX), 0x1f80);
-        self.asm.jump_if(cc::NE, no);
-        self.asm.modrm(&[], false, false, &[0x0f, 0xae], 2, Rm::Mem(RAX, MXCSR as i32)); // ldmxcsr
-        self.asm.store_imm(1, cell(field::MXCSR_CLOSED), 0);
     }
 }

@@ -1,0 +1,167 @@
+//! Emit: instructions that are copied with other operands.
+//!
+//! A register operand that lives in memory is brought into RAX (ModRM.reg), RCX (VEX.vvvv) or R11 (ModRM.rm) and
+//! put back.
+
+use super::asm::{cell, Rm};
+use super::classes::{Class, Plan};
+use super::emit::{Emitter, Flags, Miss, Step};
+use super::layout::{field, host::*, GUEST_RAX, GUEST_RCX};
+use super::shape::{home, Operand, Role};
+use super::vector::open;
+use iced_x86::{Mnemonic, Register};
+
+impl Emitter<'_> {
+    pub(super) fn copy_instruction(&mut self, step: &Step) {
+        let size = step.ins.memory_size().size();
+        let locked = step.ins.has_lock_prefix() || step.ins.mnemonic() == Mnemonic::Xchg;
+        self.copy_with(step, if locked { size } else { 1 });
+    }
+
+    pub(super) fn vector(&mut self, step: &Step) {
+        let door = super::vector::door(&step.ins);
+        if open::DOORS[door] & !self.opened != 0 {
+            self.open(door);
+        }
+        self.copy_with(step, super::vector::alignment(&step.ins));
+    }
+
+    /// The instruction with other operands; a memory operand must be aligned so.
+    pub(super) fn copy_with(&mut self, step: &Step, align: usize) {
+        let memory = step.plan.memory.map(|index| {
+            let written = step.plan.operands[index].is_some_and(|o| o.written);
+            self.access(step, step.ins.memory_size().size(), written, align);
+            Rm::Mem(R11, 0)
+        });
+        if step.plan.needs_flags {
+            self.flags_to_host();
+        }
+        self.copy(step, memory);
+    }
+
+    /// Opens the vector registers, or leaves to the handler for good.
+    pub(super) fn open(&mut self, door: usize) {
+        // What is behind the others is open when they are.
+        let (at, bytes) =
+            [(field::XMM_CLOSED, 1), (field::MXCSR_CLOSED, 1), (field::YMM_CLOSED, 1), (field::MXCSR_CLOSED, 2)][door];
+        let from = self.asm.label();
+        self.asm.load_short(bytes, RCX, cell(at));
+        self.asm.skip_if_ecx_zero(5 + 3 + 5);
+        self.asm.call_to(self.stubs.open[door]);
+        self.asm.skip_if_ecx_zero(5);
+        self.asm.jump(from);
+        let save = self.flags == Flags::Host;
+        self.misses.push(Miss { from, back: false, resume: None, index: self.index, save, load: false });
+        self.opened |= open::DOORS[door];
+    }
+
+    pub(super) fn copy(&mut self, step: &Step, memory: Option<Rm>) {
+        let Parts { reg, vvvv, rm, count_in_cl } = parts(&step.plan);
+        let digit = step.plan.shape.modrm.map_or(0, |m| m >> 3 & 7);
+        if count_in_cl {
+            self.asm.load32(RCX, Rm::Reg(GUEST_RCX));
+        }
+        let exchanges = matches!(step.ins.mnemonic(), Mnemonic::Xchg | Mnemonic::Xadd);
+        let (reg_field, reg_slot) = match reg {
+            Some(o) => self.bring(&o, RAX, exchanges),
+            None => (Rm::Reg(digit), None),
+        };
+        let (vvvv_field, vvvv_slot) = match vvvv {
+            Some(o) => self.bring(&o, RCX, false),
+            None => (Rm::Reg(0), None),
+        };
+        let (rm_field, rm_slot) = match (memory, rm) {
+            (Some(memory), _) => (memory, None),
+            (None, Some(o)) => {
+                // With memory and a register, BT's operands would be a bit string.
+                let bits = matches!(step.ins.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
+                let vector = step.plan.class == Class::Vector;
+                // The OF of these is undefined, and another in memory than in a register.
+                let rotates = matches!(step.ins.mnemonic(), Mnemonic::Rol | Mnemonic::Ror);
+                let register_only = exchanges || bits || rotates || vector || o.role == Role::OpcodeReg;
+                let in_place = !(register_only || o.written && o.size == 4);
+                match o.gpr().map(home) {
+                    Some(slot @ Rm::Mem(..)) if in_place => (slot, None),
+                    _ => self.bring(&o, R11, exchanges),
+                }
+            }
+            (None, None) => (Rm::Reg(GUEST_RAX), None),
+        };
+        let (Rm::Reg(reg_number), Rm::Reg(vvvv_number)) = (reg_field, vvvv_field) else {
+            unreachable!("bring() gives registers")
+        };
+        self.encode(step, [reg_number, vvvv_number], rm_field, reg.is_some());
+        // MULX with one register for both results: the one in ModRM.reg stays.
+        for (slot, scratch) in [(vvvv_slot, RCX), (reg_slot, RAX), (rm_slot, R11)] {
+            if let Some(slot) = slot {
+                self.asm.store(slot, scratch);
+            }
+        }
+    }
+
+    /// The register an operand is in; one that lives in memory is brought into `scratch`, and goes
+    /// back to the slot given if it is written.
+    pub(super) fn bring(&mut self, operand: &Operand, scratch: u8, always: bool) -> (Rm, Option<Rm>) {
+        let Some(guest) = operand.gpr() else { return (Rm::Reg(operand.register.number() as u8), None) };
+        match home(guest) {
+            Rm::Reg(host) => (Rm::Reg(host), None),
+            slot => {
+                if operand.read || operand.size < 4 || always {
+                    self.asm.load(scratch, slot);
+                }
+                (Rm::Reg(scratch), operand.written.then_some(slot))
+            }
+        }
+    }
+
+    pub(super) fn encode(&mut self, step: &Step, [reg, vvvv]: [u8; 2], rm: Rm, reg_is_register: bool) {
+        let shape = &step.plan.shape;
+        match (&shape.vex, shape.modrm) {
+            (Some(vex), Some(_)) => {
+                self.asm.vex(vex, reg, vvvv, rm);
+                return self.asm.bytes(shape.immediate());
+            }
+            // VZEROUPPER, VZEROALL.
+            (Some(vex), None) => return self.asm.bytes(&[0xc5, 0xf8 | (vex.long as u8) << 2, vex.opcode]),
+            _ => {}
+        }
+        let byte = step.plan.operands.iter().flatten().any(|o| o.size == 1 && o.register.is_gpr());
+        let prefixes = shape.prefixes();
+        let mut opcode = [0u8; 3];
+        let count = shape.opcode().len();
+        opcode[..count].copy_from_slice(shape.opcode());
+        let mut field = reg;
+        if shape.modrm.is_none() {
+            // The accumulator's short forms, and registers in the opcode.
+            match opcode[0] {
+                one @ 0x00..=0x3f if count == 1 => (opcode[0], field) = (0x80 | one & 1, one >> 3),
+                one @ (0xa8 | 0xa9) => (opcode[0], field) = (0xf6 | one & 1, 0),
+                0x90..=0x97 => (opcode[0], field) = (0x87, GUEST_RAX),
+                _ => {
+                    let Rm::Reg(r) = rm else { unreachable!("BSWAP's register is brought into one") };
+                    let rex = 0x40 | (shape.wide as u8) << 3 | r >> 3;
+                    self.asm.bytes(prefixes.get());
+                    return self.asm.bytes(&[rex, 0x0f, 0xc8 | r & 7]);
+                }
+            }
+        }
+        // A digit is no register: it asks for no REX.
+        let byte = byte && (reg_is_register || matches!(rm, Rm::Reg(_)));
+        self.asm.modrm(prefixes.get(), shape.wide, byte, &opcode[..count], field, rm);
+        self.asm.bytes(shape.immediate());
+    }
+}
+
+/// The operands of a copy by place.
+struct Parts {
+    reg: Option<Operand>,
+    vvvv: Option<Operand>,
+    rm: Option<Operand>,
+    count_in_cl: bool,
+}
+
+fn parts(plan: &Plan) -> Parts {
+    let find = |roles: &[Role]| plan.operands.iter().flatten().find(|o| roles.contains(&o.role)).copied();
+    let count_in_cl = plan.operands.iter().flatten().any(|o| o.role == Role::Implied && o.register == Register::CL);
+    Parts { reg: find(&[Role::Reg]), vvvv: find(&[Role::Vvvv]), rm: find(&[Role::RmReg, Role::OpcodeReg]), count_in_cl }
+}
