@@ -1,7 +1,8 @@
 """A throw-away disk's content, put away and taken up again: one sparse file and a map of which blocks it has.
 
     NAME.blocks   what was written over the base, each block at its own place; the rest is holes
-    NAME.map      for each block the number of the layer that has it, 0 for the base, compressed with zlib
+    NAME.map      runs of blocks that are not the base's: first block, number of blocks, number of the layer, each in
+                  four bytes, little endian, in ascending order
 
 There is one layer; a fork, whose children begin at once, names those of its parent. A disk made of them writes to a
 new nameless layer above and leaves the files as they are, so that many guests may begin with them. The base is told by
@@ -11,8 +12,8 @@ its path, size and time of change; another one under the same path is refused.
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ostler.errors import StateError
 from ostler.host import files
 
 BLOCKS_SUFFIX, MAP_SUFFIX = ".blocks", ".map"
+RUN = struct.Struct("<III")
 _COPY_BYTES = 1 << 20
 
 
@@ -34,13 +36,15 @@ class DiskImage:
     base_mtime_ns: int
     size_bytes: int
     layers: tuple[Path, ...]
-    block_map: Path
+    block_map: Path | None
+    """None without layers."""
 
 
 def save_map(frozen: FrozenLayers, path: Path, *, flat: bool) -> None:
     """Write which layer has which block; if `flat`, all layers are one. Raises OSError."""
     found = frozen.block_map.translate(bytes([0]) + bytes([1]) * 255) if flat else frozen.block_map
-    path.write_bytes(zlib.compress(found, 1))
+    runs = (RUN.pack(*each) for each in map_runs(found, 0, len(found)) if each[2] != BASE)
+    path.write_bytes(b"".join(runs))
 
 
 def save_blocks(frozen: FrozenLayers, fd: int) -> None:
@@ -86,16 +90,14 @@ def open_layered(image: DiskImage, *, folder: Path | None = None, serial: str | 
         block = block_bytes(image.size_bytes)
         blocks = -(-image.size_bytes // block)
         beyond = -(-base.size_bytes // block)
-        block_map = load_map(image.block_map, blocks, beyond, layers=len(image.layers))
+        runs = load_map(image.block_map, blocks, beyond, layers=len(image.layers)) if image.block_map else None
         for path in image.layers:
             opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             if os.fstat(opened[-1]).st_size < blocks * block:
                 raise StateError(f"saved disk {path}: expected {blocks * block} bytes")
         place = folder or Path(tempfile.gettempdir())
         opened.append(files.unnamed(place))
-        return OverlayDisk(
-            base, opened[-1], size_bytes=image.size_bytes, layers=opened[:-1], block_map=block_map, folder=place
-        )
+        return OverlayDisk(base, opened[-1], size_bytes=image.size_bytes, layers=opened[:-1], runs=runs, folder=place)
     except OSError as error:
         _close(base, opened)
         raise StateError(f"saved disk {error.filename or image.base}: {error.strerror or error}") from error
@@ -110,16 +112,20 @@ def _close(base: RawDisk, opened: list[int]) -> None:
         os.close(fd)
 
 
-def load_map(path: Path, blocks: int, base_blocks: int, *, layers: int) -> bytes:
-    """The map of a disk of so many blocks, of which the base has only the first. Raises StateError, OSError."""
-    unpacking = zlib.decompressobj()
-    try:
-        with path.open("rb") as file:
-            # One byte more than expected is enough to know that it is too many.
-            found = unpacking.decompress(file.read(blocks + 1024), blocks + 1)
-    except zlib.error as error:
-        raise StateError(f"saved disk map {path}: {error}") from error
-    known = bytes(range(layers + 1))
-    if len(found) != blocks or found.translate(None, known) or BASE in found[base_blocks:]:
-        raise StateError(f"saved disk map {path}: expected {blocks} blocks in {layers} layers")
-    return found
+def load_map(path: Path, blocks: int, base_blocks: int, *, layers: int) -> list[tuple[int, int, int]]:
+    """The runs of a disk of so many blocks, of which the base has only the first. Raises StateError, OSError."""
+    most = blocks * RUN.size
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most or len(data) % RUN.size:
+        raise StateError(f"saved disk map {path}: {len(data)} bytes, expected runs of {RUN.size}")
+    runs, end, missing = [], 0, blocks - base_blocks
+    for first, count, layer in RUN.iter_unpack(data):
+        if first < end or not count or first + count > blocks or not 0 < layer <= layers:
+            raise StateError(f"saved disk map {path}: blocks {first}+{count} in layer {layer} cannot be")
+        end = first + count
+        missing -= max(0, end - max(first, base_blocks))
+        runs.append((first, count, layer))
+    if missing:
+        raise StateError(f"saved disk map {path}: {missing} blocks are in no layer, nor in the base")
+    return runs

@@ -56,8 +56,11 @@ class Passt:
         *,
         report: Callable[[str], None],
         guest: GuestAddresses | None = None,
+        wait: bool = True,
     ) -> None:
         """`report` is told one line when passt dies; `guest` are addresses other than the usual ones.
+
+        Without `wait` passt may still be starting when this returns; frames wait for it in its socket.
 
         Raises HostError, BadRequest for ports that cannot be had.
         """
@@ -80,7 +83,7 @@ class Passt:
         self._closed = self._reading = self._lost = False
         for forward in options.forwards:
             check_port(forward)
-        self._socket, self._helper = self._start()
+        self._socket, self._helper = self._start(wait=wait)
 
     # -- asked by the device ----------------------------------------------------------------
 
@@ -192,7 +195,7 @@ class Passt:
 
     # -- the helper -------------------------------------------------------------------------
 
-    def _start(self) -> tuple[socket.socket, Helper]:
+    def _start(self, *, wait: bool = True) -> tuple[socket.socket, Helper]:
         ours, theirs = socket.socketpair()
         reading, writing = os.pipe()
         with contextlib.ExitStack() as undo:
@@ -209,7 +212,8 @@ class Passt:
                 finally:
                     os.close(writing)
             try:
-                helper.wait_for(reading)
+                if wait:
+                    helper.wait_for(reading)
             except HostError as error:
                 ours.close()
                 helper.stop()

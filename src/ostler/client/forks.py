@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +22,7 @@ AT_A_TIME = 4
 
 
 def fork(
-    entry: Entry, names: list[str | None], *, leash: bool, remove: bool, job: Job | None = None,
+    entry: Entry, names: Sequence[str | None], *, leash: bool, remove: bool, job: Job | None = None,
     begun: Callable[[RestoredGuest], None] | None = None,
 ) -> tuple[list[RestoredGuest], float]:  # fmt: skip
     """See `ostler.client.snapshots.fork`. `begun` is told of each child as soon as it is configured, in any thread."""

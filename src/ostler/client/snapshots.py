@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -144,7 +144,7 @@ class RestoredGuest(RunningGuest):
 
 
 def fork(
-    entry: Entry, names: list[str | None], *, leash: bool = False, remove: bool = True, job: Job | None = None,
+    entry: Entry, names: Sequence[str | None], *, leash: bool = False, remove: bool = True, job: Job | None = None,
     begun: Callable[[RestoredGuest], None] | None = None,
 ) -> tuple[list[RestoredGuest], float]:  # fmt: skip
     """Children of a running guest, one for each name, and for how many milliseconds the parent stood still.

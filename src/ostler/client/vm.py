@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
-from ostler.client import guests, running
+from ostler.client import guests, running, snapshots
 from ostler.client import plan as plans
 from ostler.client.console import GuestConsole
 from ostler.client.events import Events
@@ -100,7 +100,7 @@ class VM:
         return self._running().wait(timeout_s)
 
     def __enter__(self) -> Self:
-        return self.start()
+        return self if self._guest is not None else self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -108,12 +108,69 @@ class VM:
         self.close()
 
     async def __aenter__(self) -> AsyncVM:
-        return await AsyncVM(self).start()
+        return await AsyncVM(self).__aenter__()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
+
+    # -- saved, and begun again -------------------------------------------------------------
+
+    def snapshot(
+        self, name: str, *, incremental: bool = False, freeze: bool = False, replace: bool = False
+    ) -> dict[str, Any]:  # fmt: skip
+        """Save the running guest under a name; it goes on. `pause_ms` of the result says how long it stood still.
+
+            vm.snapshot("ready")
+            with VM.restore("ready") as again: …
+
+        With `freeze` its file systems are frozen meanwhile; an incremental one has what changed since the last whole
+        one. Raises BadRequest for a name that is taken, and for a guest that cannot be saved.
+        """
+        guest = self._running()
+        return snapshots.create(
+            guest.entry, name, incremental=incremental, freeze=freeze, replace=replace, job=guest.plan.job
+        )
+
+    @classmethod
+    def restore(cls, snapshot: str, *, name: str | None = None, ports: bool = True, accel: str | None = None) -> Self:
+        """A guest that goes on from a snapshot, and runs already; leave its block, or `close` it, to end it.
+
+        Without `ports` none of the host's lead to it: two guests cannot have the same. Raises BadRequest for a snapshot
+        there is not, StateError for one that is damaged or cannot go on here.
+        """
+        guest = snapshots.restore(snapshot, name, leash=True, ports=ports, accel=accel)
+        try:
+            guest.configure()
+        except BaseException:
+            guest.end()
+            raise
+        return cls._of(guest)
+
+    def fork(self, count: int = 1, *, names: Sequence[str] | None = None) -> list[VM]:
+        """Children that go on from this instant, each with a name, a hostname, a network, random numbers and disks of
+        its own; this guest pauses for milliseconds. They end with their blocks, `close`, or this process.
+
+            for child in vm.fork(3): print(child.run(["hostname"]).text)
+
+        Raises BadRequest for a guest that cannot be forked. Either all begin or none does.
+        """
+        guest = self._running()
+        wanted = list(names) if names is not None else [None] * count
+        children, _ = snapshots.fork(guest.entry, wanted, leash=True, job=guest.plan.job)
+        return [VM._of(child) for child in children]
+
+    @classmethod
+    def _of(cls, guest: RunningGuest) -> Self:
+        """A VM for a guest that runs already."""
+        made = cls.__new__(cls)
+        made.request = parse_request(
+            image=str(guest.plan.facts.get("image") or guest.entry.name), name=guest.entry.name
+        )
+        made._progress = silent
+        made._guest = guest
+        return made
 
     # -- what it is -------------------------------------------------------------------------
 
@@ -297,6 +354,23 @@ class AsyncVM:
     async def resume(self) -> None:
         await _in_thread(self.vm.resume)
 
+    async def snapshot(
+        self, name: str, *, incremental: bool = False, freeze: bool = False, replace: bool = False
+    ) -> dict[str, Any]:
+        """As `VM.snapshot`."""
+        return await _in_thread(self.vm.snapshot, name, incremental=incremental, freeze=freeze, replace=replace)
+
+    @classmethod
+    async def restore(
+        cls, snapshot: str, *, name: str | None = None, ports: bool = True, accel: str | None = None
+    ) -> Self:
+        """As `VM.restore`."""
+        return cls(await _in_thread(VM.restore, snapshot, name=name, ports=ports, accel=accel))
+
+    async def fork(self, count: int = 1, *, names: Sequence[str] | None = None) -> list[AsyncVM]:
+        """As `VM.fork`."""
+        return [AsyncVM(child) for child in await _in_thread(self.vm.fork, count, names=names)]
+
     async def set_memory(self, size: str | int) -> None:
         await _in_thread(self.vm.set_memory, size)
 
@@ -310,7 +384,7 @@ class AsyncVM:
                 yield event
 
     async def __aenter__(self) -> Self:
-        return await self.start()
+        return self if self.vm._guest is not None else await self.start()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from io import FileIO
 from typing import Any
 
-from ostler.control import runtime
+from ostler.control import pool, runtime
 from ostler.control.runtime import Entry
 from ostler.control.wire import unpack_error
 from ostler.errors import HostError
@@ -28,7 +28,7 @@ class Launched:
     """A running guest. Closing `leash_fd` ends it, if it was started on a leash."""
 
     entry: Entry
-    process: subprocess.Popen[bytes]
+    process: pool.VmProcess
     leash_fd: int | None
 
 
@@ -46,18 +46,26 @@ def launch(
         claim = always.enter_context(runtime.claim(name, facts, spec, origin))
         undo.callback(_forget, claim.entry)
         ready, ready_child = _pipe(always)
-        options, inherited = [], [claim.lock_fd, ready_child.fileno()]
+        names, inherited = ["lock", "ready"], [claim.lock_fd, ready_child.fileno()]
         holder = None
         if leash:
             leash_child, holder = _pipe(always)
-            options = ["--leash", str(leash_child.fileno())]
+            names.append("leash")
             inherited.append(leash_child.fileno())
+        options = [each for name, fd in zip(names, inherited, strict=True) for each in (f"--{name}", str(fd))]
         log = always.enter_context((claim.entry.path / runtime.VMM_LOG).open("ab"))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ostler.vmm", str(claim.entry.path), "--lock", str(claim.lock_fd),
-             "--ready", str(ready_child.fileno()), *options],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=inherited,
-        )  # fmt: skip
+        process: pool.VmProcess | None = pool.request(
+            {"folder": str(claim.entry.path), "environment": dict(os.environ), "descriptors": [*names, "log"]},
+            [*inherited, log.fileno()],
+        )
+        if process is None:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ostler.vmm", str(claim.entry.path), *options],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=inherited,
+            )  # fmt: skip
+            if origin is not None:
+                # For the next one: what goes on from somewhere is what must be quick.
+                pool.start()
         undo.callback(_kill, process)
         ready_child.close()
         _wait_until_ready(claim.entry, process, ready.read())
@@ -72,7 +80,7 @@ def _pipe(owner: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
     return owner.enter_context(FileIO(read, "rb")), owner.enter_context(FileIO(write, "wb"))
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: pool.VmProcess) -> None:
     process.kill()
     process.wait()
 
@@ -82,7 +90,7 @@ def _forget(entry: Entry) -> None:
         runtime.forget_own(entry)
 
 
-def _wait_until_ready(entry: Entry, process: subprocess.Popen[bytes], said: bytes) -> None:
+def _wait_until_ready(entry: Entry, process: pool.VmProcess, said: bytes) -> None:
     try:
         message = json.loads(said)
     except ValueError:

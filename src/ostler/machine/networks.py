@@ -68,7 +68,9 @@ def _network(
     if net.kind == "passt":
         options = PasstOptions(mac, tuple(map(_forward, ports)), number)
         given = with_static(addresses(options), net)
-        backend = passt = stack.enter_context(Passt(options, around.host, guest=given, report=report))
+        backend = passt = stack.enter_context(
+            Passt(options, around.host, guest=given, report=report, wait=not around.goes_on)
+        )
         known = passt.addresses
     else:
         bridge = net.interface if net.kind == "bridge" else None

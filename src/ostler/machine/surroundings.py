@@ -30,3 +30,5 @@ class Surroundings:
     """What throw-away disks begin with, by the devices' names, where that is more than their base."""
     is_incoming: bool = False
     """The guest still runs elsewhere: what only one may hold is not taken yet."""
+    goes_on: bool = False
+    """Whether the guest goes on from somewhere: milliseconds count, and nobody waits for what it does not need yet."""

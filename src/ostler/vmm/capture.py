@@ -123,9 +123,11 @@ class Capturer:
             fd = os.open(folder / own, CREATE, 0o600)
             try:
                 files.copy_sparse(block.disk.fileno(), fd)
+                found = os.fstat(fd)
             finally:
                 os.close(fd)
-            caught.disks[name] = facts.model_copy(update={"base": own})
+            copied = {"base": own, "base_bytes": found.st_size, "base_mtime_ns": found.st_mtime_ns}
+            caught.disks[name] = facts.model_copy(update=copied)
 
     def _describe(self, folder: Path, caught: Caught, given: Mapping[str, Any]) -> dict[str, Any]:
         names = [each.name for each in folder.iterdir()]

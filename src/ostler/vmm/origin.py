@@ -26,7 +26,9 @@ class Origin:
         self.snapshot = snapshot
         self._parent = parent
         self.saved = saved
-        self.disks = {name: self._disk_image(facts) for name, facts in snapshot.manifest.disks.items() if facts.layers}
+        self.disks = {
+            name: self._disk_image(facts) for name, facts in snapshot.manifest.disks.items() if not facts.read_only
+        }
 
     @classmethod
     def of(cls, entry: Entry, *, report: Callable[[str], None] | None = None) -> Self | None:
@@ -84,12 +86,13 @@ class Origin:
         image.fill(memory, manifest.place(folder, facts.memory), ranges)
 
     def _disk_image(self, facts: manifest.DiskFacts) -> DiskImage:
-        folder = self.snapshot.folder
+        folder, base = self.snapshot.folder, Path(facts.base)
         return DiskImage(
-            base=Path(facts.base),
+            # What is no absolute path is the snapshot's own copy of a disk that was written to directly.
+            base=base if base.is_absolute() else manifest.place(folder, facts.base),
             base_bytes=facts.base_bytes,
             base_mtime_ns=facts.base_mtime_ns,
             size_bytes=facts.size_bytes,
             layers=tuple(manifest.place(folder, name) for name in facts.layers),
-            block_map=manifest.place(folder, facts.block_map),
+            block_map=manifest.place(folder, facts.block_map) if facts.block_map else None,
         )

@@ -170,7 +170,9 @@ class GuestProcess:
             )
             host = Host(self.loop, self.lock)
             disks = beginning.disks if beginning else {}
-            around = Surroundings(host, folder, self._report, wiring.clock, wiring.new_timer, disks, is_incoming)
+            around = Surroundings(
+                host, folder, self._report, wiring.clock, wiring.new_timer, disks, is_incoming, beginning is not None
+            )
             self.networks = _networks(spec, undo, around)
             functions = _functions(spec, undo, around, self.networks)
             image = beginning.open_memory() if beginning else None

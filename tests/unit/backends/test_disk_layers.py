@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import pytest
 
 from ostler.backends import disk_layers
-from ostler.backends.disk_layers import DiskImage
+from ostler.backends.disk_layers import RUN, DiskImage
 from ostler.backends.disk_overlay import OverlayDisk, open_overlay
 from ostler.errors import StateError
 from ostler.host import files
@@ -73,11 +72,12 @@ def test_disk_whose_base_changed_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"no zlib", zlib.compress(bytes(3)), zlib.compress(b"\2" * 64), zlib.compress(bytes(64)),
-     zlib.compress(bytes(1 << 20))],
+    [b"no runs", RUN.pack(0, 0, 1), RUN.pack(0, 65, 1), RUN.pack(0, 64, 2), RUN.pack(0, 64, 0), b"",
+     RUN.pack(3, 61, 1) + RUN.pack(9, 1, 1), RUN.pack(0, 1, 1) * 65],
 )  # fmt: skip
 def test_disk_with_a_damaged_map_is_refused(tmp_path: Path, damage: bytes) -> None:
     image, _ = put_away(tmp_path)
+    assert image.block_map is not None
     image.block_map.write_bytes(damage)
     with pytest.raises(StateError, match="saved disk map"):
         disk_layers.open_layered(image)

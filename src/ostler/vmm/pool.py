@@ -1,0 +1,195 @@
+"""`python -m ostler.vmm.pool SOCKET`: forks VM processes that have nothing left to import. See `ostler.control.pool`.
+
+One thread, no event loop: children are forked ahead, so that one waits already when a request comes, and each gets its
+request by a socket pair of its own, with the descriptors that `python -m ostler.vmm` inherits otherwise. The
+garbage collector is told not to touch what is there before the fork, so that children keep sharing it.
+
+It ends when nobody has asked for so long, when its socket has gone from the file system, or on request. Children that
+run a guest go on: they are sessions of their own, and the kernel's to reap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from ostler.accel import soft
+from ostler.control.pool import MAX_REQUEST_BYTES
+from ostler.errors import OstlerError
+
+IDLE_S = 300.0
+LOOK_S = 5.0
+SPARE = 2
+MAX_FDS = 4
+CLIENT_TIMEOUT_S = 5.0
+# All that a guest of an image needs, or one that goes on.
+MODULES = (
+    "ostler.vmm.served", "ostler.vmm.origin", "ostler.vmm.capture", "ostler.vmm.snapshots", "ostler.machine.saved",
+    "ostler.machine.peripherals", "ostler.machine.networks", "ostler.accel.soft", "ostler.accel.kvm",
+    "ostler.accel.probe", "ostler.backends.disk_layers", "ostler.devices.virtio.rng", "zlib", "select",
+)  # fmt: skip
+
+
+class Spare:
+    """A child that waits for its request."""
+
+    def __init__(self, others: Iterable[socket.socket]) -> None:
+        """`others` are sockets of the parent's that are none of the child's business."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.pid = os.fork()
+        if not self.pid:
+            for each in (ours, *others):
+                each.close()
+            _serve_one(theirs)
+        theirs.close()
+        self.socket = ours
+
+    def give(self, request: bytes, fds: list[int]) -> int:
+        """Hand the request over; a descriptor of the process. Raises OSError where the child has gone."""
+        pidfd = os.pidfd_open(self.pid)
+        with self.socket as waiting:
+            socket.send_fds(waiting, [request], fds)
+        return pidfd
+
+    def dismiss(self) -> None:
+        """It ends when its socket does."""
+        self.socket.close()
+
+
+def _serve_one(asked: socket.socket) -> NoReturn:
+    """The child's life: a request, a guest, its end."""
+    status = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        data, fds, _, _ = socket.recv_fds(asked, MAX_REQUEST_BYTES, MAX_FDS)
+        if not data:
+            os._exit(0)
+        asked.close()
+        request = json.loads(data)
+        os.setsid()
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        named = dict(zip(request["descriptors"], fds, strict=True))
+        log = named.pop("log")
+        sys.stdout.flush()
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        from ostler.vmm.served import serve
+
+        status = serve(Path(request["folder"]), **named)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+class Pool:
+    """The parent."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, also where another pool listens there."""
+        self._path = path
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        path.chmod(0o600)
+        self._listener.listen(64)
+        self._spare: list[Spare] = []
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until the end."""
+        used = time.monotonic()
+        while not self._stopping and time.monotonic() - used < IDLE_S and self._path.exists():
+            # Asked for first, filled up when nobody asks.
+            ready = select.select([self._listener], [], [], 0 if len(self._spare) < SPARE else LOOK_S)[0]
+            if ready:
+                used = time.monotonic()
+                client, _ = self._listener.accept()
+                with client, contextlib.suppress(OSError, ValueError):
+                    client.settimeout(CLIENT_TIMEOUT_S)
+                    self._serve(client)
+            elif len(self._spare) < SPARE:
+                self._spare.append(self._new())
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self._path.unlink(missing_ok=True)
+        self._listener.close()
+        for each in self._spare:
+            each.dismiss()
+
+    def _new(self, *clients: socket.socket) -> Spare:
+        return Spare((self._listener, *clients, *(each.socket for each in self._spare)))
+
+    def _serve(self, client: socket.socket) -> None:
+        data, fds, _, _ = socket.recv_fds(client, MAX_REQUEST_BYTES, MAX_FDS)
+        try:
+            while data and not data.endswith(b"\n") and len(data) < MAX_REQUEST_BYTES:
+                more = client.recv(MAX_REQUEST_BYTES)
+                if not more:
+                    return
+                data += more
+            request = json.loads(data)
+            if request.get("ping") or request.get("stop"):
+                self._stopping = bool(request.get("stop"))
+                client.sendall(b'{"pool": true}\n')
+                return
+            child = self._spare.pop() if self._spare else self._new(client)
+            pidfd = child.give(data, fds)
+            try:
+                socket.send_fds(client, [json.dumps({"pid": child.pid}).encode()], [pidfd])
+            finally:
+                os.close(pidfd)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def main() -> int:
+    """Become nobody's child, import, serve."""
+    path = Path(sys.argv[1])
+    if os.fork():
+        os._exit(0)
+    # Whoever started it may remove the folder it stood in.
+    sys.path[:] = [os.path.abspath(each) for each in sys.path]  # noqa: PTH100 - "" is the working directory here
+    os.chdir("/")
+    # Children are the kernel's to reap.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    for name in MODULES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    with contextlib.suppress(OstlerError):
+        soft.prepare()
+    gc.collect()
+    gc.freeze()
+    try:
+        pool = Pool(path)
+    except OSError:
+        return 0  # another one was faster
+    try:
+        pool.run()
+    finally:
+        pool.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
