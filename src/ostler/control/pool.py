@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import ostler
 from ostler.control import runtime
 
 SOCKET_SUFFIX, LOG = ".sock", "pool.log"
@@ -94,7 +93,7 @@ def folder() -> Path:
 
 def socket_path() -> Path:
     """This installation's pool."""
-    package = Path(ostler.__file__).parent
+    package = Path(__file__).parents[1]
     identity = f"{sys.executable} {package} {_newest(str(package))}"
     return folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}{SOCKET_SUFFIX}"
 
