@@ -1,4 +1,4 @@
-"""What the lab's outer guest is made of: a Debian disk with Python, the packages Ostler needs, a guest image; an initrd.
+"""What the lab's outer guest is made of: an initrd, and a Debian disk with Python, what Ostler needs and a guest image.
 
 Both come from Debian's and Python's archives once and then from the cache. The disk holds Python's files compiled, by
 its own Python: under an emulated processor compiling takes longer than running.
