@@ -28,6 +28,11 @@ use crate::wire::Kind;
 
 /// Where the host looks for the agent.
 pub const VSOCK_PORT: u32 = 1024;
+/// What a connection's receiving side in the kernel may hold, in bytes; as much as the device's queue of buffers.
+static VSOCK_BUFFER: u64 = 1 << 20;
+// linux/vm_sockets.h.
+const SO_VM_SOCKETS_BUFFER_SIZE: libc::c_int = 0;
+const SO_VM_SOCKETS_BUFFER_MAX_SIZE: libc::c_int = 2;
 /// The console port that stands in where there is no vsock.
 pub const CONSOLE_PORT: &str = "org.ostler.agent";
 /// More connections than this at once are turned away.
@@ -223,9 +228,29 @@ fn is_from_host(fd: &OwnedFd) -> bool {
 
 fn open_vsock(port: u32) -> io::Result<OwnedFd> {
     let fd = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // Best effort: with less room copies are slower, no more.
+    let _ = set_buffer(&fd);
     bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port))?;
     listen(&fd, Backlog::new(64)?)?;
     Ok(fd)
+}
+
+/// Room for what the host sends; connections inherit the listener's.
+///
+/// Linux tells the sender of new room only when less than 64 KiB are left, so with its usual 256 KiB a copy stands still
+/// once for every 192 KiB, until both sides have been scheduled.
+fn set_buffer(fd: &OwnedFd) -> io::Result<()> {
+    let size = std::mem::size_of_val(&VSOCK_BUFFER) as libc::socklen_t;
+    for option in [SO_VM_SOCKETS_BUFFER_MAX_SIZE, SO_VM_SOCKETS_BUFFER_SIZE] {
+        // SAFETY: the option's value is eight bytes, which is what is pointed to.
+        let result = unsafe {
+            libc::setsockopt(fd.as_raw_fd(), libc::AF_VSOCK, option, std::ptr::from_ref(&VSOCK_BUFFER).cast(), size)
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 fn serve_port(name: &str, context: &Context) {
