@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -101,7 +100,7 @@ def test_guest_outlives_its_launcher_and_its_launchers_session(start: Start, tmp
 
 def test_killed_process_leaves_an_entry_that_is_known_for_dead(start: Start) -> None:
     launched = start(SAYS_A, "vmp-killed")
-    launched.process.send_signal(signal.SIGKILL)
+    launched.process.kill()
     launched.process.wait(LIMIT_S)
     assert guests.summary(launched.entry).state == "died"
     assert guests.wait(launched.entry)["reason"] == "died"

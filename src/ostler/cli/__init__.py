@@ -15,7 +15,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command that `arguments` (default: the process's own) name, then exit with its status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     own, words = _split(arguments)
-    sys.exit(_run(own, words, debug="--debug" in own or bool(os.environ.get("OSTLER_DEBUG"))))
+    try:
+        status = _run(own, words, debug="--debug" in own or bool(os.environ.get("OSTLER_DEBUG")))
+    except KeyboardInterrupt:
+        # Before the command had begun, or while its end was being told.
+        status = 130
+    sys.exit(status)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], tuple[str, ...] | None]:
@@ -45,8 +50,6 @@ def _run(arguments: list[str], words: tuple[str, ...] | None, *, debug: bool) ->
         # Whoever read standard output has gone; the interpreter must not meet that again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except KeyboardInterrupt:
-        return 130
     except Exception as error:
         if debug:
             _print_traceback()

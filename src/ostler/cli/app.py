@@ -15,22 +15,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run")(run.command)
+# In the order in which help shows them.
+_GUESTS, _LOOK, _STATE, _MATERIAL, _HOST = (
+    "Guests", "A closer look", "Guests saved, copied and moved", "What guests are made of", "This host",
+)  # fmt: skip
+app.command("run", rich_help_panel=_GUESTS)(run.command)
+app.command("exec", rich_help_panel=_GUESTS, context_settings={"allow_interspersed_args": False})(inside.execute)
+app.command("cp", rich_help_panel=_GUESTS)(inside.copy)
 for command in guests.COMMANDS:
-    app.command()(command)
-app.command("stats")(stats.command)
-app.command("console")(guests.attach_console)
-app.command("exec", context_settings={"allow_interspersed_args": False})(inside.execute)
-app.command("cp")(inside.copy)
-app.command("restore")(snapshots.restore)
-app.command("fork")(snapshots.fork)
-app.add_typer(snapshots.app, name="snapshot")
-app.command("migrate")(moving.migrate)
-app.command("receive")(moving.receive)
-app.command("doctor")(doctor.command)
-app.add_typer(kernels.app, name="kernel")
-app.add_typer(images.app, name="image")
-app.add_typer(disks.app, name="disk")
+    app.command(rich_help_panel=_GUESTS)(command)
+app.command("console", rich_help_panel=_LOOK)(guests.attach_console)
+app.command("inspect", rich_help_panel=_LOOK)(guests.inspect)
+app.command("stats", rich_help_panel=_LOOK)(stats.command)
+app.command("balloon", rich_help_panel=_LOOK)(guests.balloon)
+app.add_typer(snapshots.app, name="snapshot", rich_help_panel=_STATE)
+app.command("restore", rich_help_panel=_STATE)(snapshots.restore)
+app.command("fork", rich_help_panel=_STATE)(snapshots.fork)
+app.command("migrate", rich_help_panel=_STATE)(moving.migrate)
+app.command("receive", rich_help_panel=_STATE)(moving.receive)
+app.add_typer(images.app, name="image", rich_help_panel=_MATERIAL)
+app.add_typer(kernels.app, name="kernel", rich_help_panel=_MATERIAL)
+app.add_typer(disks.app, name="disk", rich_help_panel=_MATERIAL)
+app.command("schema", rich_help_panel=_MATERIAL)(guests.schema)
+app.command("doctor", rich_help_panel=_HOST)(doctor.command)
 
 
 def _show_version(*, wanted: bool) -> None:

@@ -35,8 +35,8 @@ def complete_any(incomplete: str) -> list[str]:
 
 Running = Annotated[str, typer.Argument(metavar="GUEST", help="Its name.", autocompletion=complete_running)]
 Any_ = Annotated[str, typer.Argument(metavar="GUEST", help="Its name.", autocompletion=complete_any)]
-SeveralRunning = Annotated[list[str], typer.Argument(metavar="GUEST…", autocompletion=complete_running)]
-SeveralAny = Annotated[list[str], typer.Argument(metavar="GUEST…", autocompletion=complete_any)]
+SeveralRunning = Annotated[list[str], typer.Argument(metavar="GUEST", autocompletion=complete_running)]
+SeveralAny = Annotated[list[str], typer.Argument(metavar="GUEST", autocompletion=complete_any)]
 
 
 def _find(name: str) -> Entry:
@@ -129,7 +129,7 @@ def stop(
     grace: Annotated[float, typer.Option("--time", "-t", min=0, max=3600, metavar="S",
                                          help="Seconds a guest gets before it is killed.")] = 30,
 ) -> None:  # fmt: skip
-    """Shut guests down: by their power button, and by force when that takes too long.
+    """Shut guests down: by their agent or power button, and by force when that takes too long.
 
     [bold]Example:[/bold]  ostler stop -t 5 web db
     """
@@ -215,4 +215,4 @@ def schema() -> None:
     sys.stdout.write(json.dumps(described(), indent=2) + os.linesep)
 
 
-COMMANDS = (ps, inspect, logs, pause, resume, balloon, stop, kill, wait, rm, schema)
+COMMANDS = (ps, logs, stop, kill, wait, rm, pause, resume)

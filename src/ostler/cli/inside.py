@@ -23,7 +23,7 @@ REACH_TIMEOUT_S = 30.0
 def execute(
     context: typer.Context,
     name: Running,
-    command: Annotated[list[str] | None, typer.Argument(metavar="COMMAND…", help="And its arguments.")] = None,
+    command: Annotated[list[str] | None, typer.Argument(metavar="COMMAND", help="And its arguments.")] = None,
     env: Env = None,
     workdir: Workdir = None,
     user: User = None,
@@ -64,7 +64,7 @@ def copy(
     """
     from ostler.client import guests
     from ostler.control import runtime
-    from ostler.errors import BadRequest
+    from ostler.errors import AgentRefused, BadRequest
 
     from_guest, from_path = _place(source)
     to_guest, to_path = _place(target)
@@ -72,10 +72,14 @@ def copy(
         raise BadRequest(f"cp {source!r} {target!r}: expected GUEST: before one of the two, and not before the other")
     entry = runtime.find(from_guest or to_guest)
     with guests.reach_agent(entry, timeout_s=REACH_TIMEOUT_S) as agent:
-        if from_guest:
-            agent.get(from_path, to_path)
-        else:
-            agent.put(from_path, to_path)
+        try:
+            if from_guest:
+                agent.get(from_path, to_path)
+            else:
+                agent.put(from_path, to_path)
+        except AgentRefused as error:
+            # Which of the two sides has no such file is what one wants to know.
+            raise AgentRefused(f"guest {entry.name!r}: {error}", code=error.code) from error
 
 
 def _place(text: str) -> tuple[str, str]:

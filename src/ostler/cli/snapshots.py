@@ -82,7 +82,7 @@ def list_(
 
 
 @app.command("rm")
-def remove(names: Annotated[list[str], typer.Argument(metavar="SNAPSHOT…", autocompletion=complete_snapshot)]) -> None:
+def remove(names: Annotated[list[str], typer.Argument(metavar="SNAPSHOT", autocompletion=complete_snapshot)]) -> None:
     """Remove snapshots. Guests that began with them go on.
 
     [bold]Example:[/bold]  ostler snapshot rm before-upgrade

@@ -19,7 +19,7 @@ _ENGINE_COUNTERS = ("blocks", "translations", "code_bytes", "flushes", "tlb_miss
 
 
 def command(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[GUEST…]", autocompletion=complete_running)] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="GUEST", autocompletion=complete_running)] = None,
     engine: Annotated[bool, typer.Option("--engine", help="What the software CPU did for them.")] = False,  # noqa: FBT002
     as_json: Json = False,  # noqa: FBT002
 ) -> None:

@@ -13,6 +13,8 @@ def bad_request(error: ValidationError, *, whole: str = "guest") -> BadRequest:
     """The first error, as an exception of one line. A member of a list is named by the list and shown itself."""
     first = error.errors()[0]
     location = [part for part in first["loc"] if not _is_noise(part)]
+    if len(location) > 1 and isinstance(location[-1], int):
+        location.pop()
     field = ".".join(str(part) for part in location) or whole
     expected = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":

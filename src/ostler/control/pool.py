@@ -45,6 +45,9 @@ class VmProcess(Protocol):
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end."""
 
+    def terminate(self) -> None:
+        """Ask it to end, by SIGTERM; one that has ended already is fine."""
+
     def kill(self) -> None:
         """End it; one that has ended already is fine."""
 
@@ -70,9 +73,15 @@ class PooledProcess:
             self.returncode = UNKNOWN_STATUS
         return self.returncode
 
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
     def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):

@@ -173,7 +173,9 @@ class GuestService:
         if balloon is None:
             raise BadRequest("balloon: this guest has none")
         size = self._process.machine.spec.memory_bytes
-        wanted = int(_number_of(arguments, "guest_bytes", size, size))
+        wanted = arguments.get("guest_bytes", size)
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 <= wanted <= size:
+            raise BadRequest(f"size {wanted!r}: expected 0 to {size} bytes, which is the guest's memory")
         with self._process.lock:
             balloon.set_target(wanted)
         return self._balloon_facts(balloon)
