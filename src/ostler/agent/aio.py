@@ -1,4 +1,4 @@
-"""The asyncio twin of `client.py` and `process.py`: the same operations on the same conversation, awaited.
+"""The asyncio twin of `client.py`: the same operations on the same conversation, awaited.
 
 A cancelled operation closes its connection, which ends a command that was running. Files of the host's are read and
 written in a thread, a piece at a time.
@@ -10,249 +10,21 @@ import asyncio
 import contextlib
 import os
 import secrets
-import signal
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from ostler.agent import protocol, requests, tree
+from ostler.agent import requests, tree
+from ostler.agent.aio_link import AsyncLink, connect
+from ostler.agent.aio_process import AsyncProcess
 from ostler.agent.client import ANSWER_S, ATTEMPT_S, ENTROPY_BYTES, FIRST_PAUSE_S, LONGEST_PAUSE_S
-from ostler.agent.link import ANSWER_BYTES, CHUNK
-from ostler.agent.process import CAPTURE_BYTES, State, pid_of
-from ostler.agent.protocol import (
-    STDERR,
-    STDOUT,
-    VSOCK_PORT,
-    Conversation,
-    Data,
-    Entry,
-    Event,
-    Failed,
-    Hello,
-    Reply,
-)
+from ostler.agent.process import CAPTURE_BYTES, pid_of
+from ostler.agent.protocol import VSOCK_PORT, Data, Entry, Event, Failed, Hello, Reply
 from ostler.agent.requests import Argument, Completed, Copied, Grown, Info, Terminal
-from ostler.errors import (
-    AgentError,
-    AgentLost,
-    AgentProtocolError,
-    AgentUnavailable,
-    BadRequest,
-    GuestNotBooted,
-)
+from ostler.errors import AgentLost, AgentProtocolError, AgentUnavailable, BadRequest
 
 _NOT_THERE_YET = (FileNotFoundError, ConnectionError, TimeoutError, BlockingIOError)
-
-
-class AsyncLink:
-    """A conversation over a stream that it owns."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, timeout_s: float) -> None:
-        self._reader, self._writer = reader, writer
-        self._timeout_s = timeout_s
-        self._ready: deque[Event] = deque()
-        self.conversation = Conversation()
-
-    async def send(self, data: bytes) -> None:
-        """Send, and wait while too much is unsent. Raises AgentLost."""
-        try:
-            self._writer.write(data)
-            await self._writer.drain()
-        except OSError as error:
-            raise AgentLost(f"agent: connection lost ({error.strerror})") from error
-
-    async def event(self, *, limited: bool = True) -> Event:
-        """Return the next event, within the answer's time if `limited`. Raises AgentLost, AgentProtocolError."""
-        while not self._ready:
-            try:
-                async with asyncio.timeout(self._timeout_s if limited else None):
-                    data = await self._reader.read(CHUNK)
-            except TimeoutError as error:
-                raise AgentUnavailable(f"agent: no answer within {self._timeout_s:g} s") from error
-            except OSError as error:
-                raise AgentLost(f"agent: connection lost ({error.strerror})") from error
-            if not data:
-                raise AgentLost("agent: the guest ended the connection")
-            self._ready.extend(self.conversation.receive(data))
-        return self._ready.popleft()
-
-    def has_event(self) -> bool:
-        """Whether one is there without waiting."""
-        return bool(self._ready)
-
-    async def greet(self) -> Hello:
-        await self.send(self.conversation.hello())
-        event = await self.event()
-        if isinstance(event, Failed):
-            raise event.error
-        if not isinstance(event, Hello):
-            raise AgentProtocolError("agent did not greet")
-        if event.trouble is not None:
-            raise GuestNotBooted(f"guest: {event.trouble}")
-        return event
-
-    async def call(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Ask and wait for the answer."""
-        await self.send(self.conversation.request(operation, arguments))
-        return await self.answer()
-
-    async def answer(self) -> dict[str, Any]:
-        """Wait for the end of a request that was sent."""
-        event = await self.event()
-        if isinstance(event, Failed):
-            raise event.error
-        if not isinstance(event, Reply):
-            raise AgentProtocolError("agent did not answer")
-        return event.value
-
-    async def close(self) -> None:
-        self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
-
-
-class AsyncProcess:
-    """A running command; leaving the `async with` block ends it."""
-
-    def __init__(self, link: AsyncLink, argv: Sequence[Argument], pid: int) -> None:
-        self._link = link
-        self._state = State(argv)
-        self.argv = self._state.argv
-        self.pid = pid
-        self._error: Exception | None = None
-        self._stdin_closed = False
-        self._changed = asyncio.Condition()
-        self._pump = asyncio.create_task(self._receive())
-
-    @property
-    def returncode(self) -> int | None:
-        """As in subprocess: None while it runs, negative for a signal."""
-        return self._state.returncode
-
-    @property
-    def timed_out(self) -> bool:
-        """Whether the agent killed it because its time was over."""
-        return self._state.timed_out
-
-    async def wait(self) -> int:
-        """Wait for the end and return the status. Output that does not fit its window stalls the command: read it."""
-        await self._until(lambda: self.returncode is not None)
-        assert self.returncode is not None
-        return self.returncode
-
-    async def read(self, stream: int = STDOUT) -> bytes:
-        """Return what has come on a stream, as soon as there is something; nothing at its end."""
-        await self._until(lambda: self._state.has_news(stream))
-        data = self._state.read(stream)
-        if data and self.returncode is None and (frame := self._link.conversation.make_room(stream, len(data))):
-            await self._link.send(frame)
-        return data
-
-    async def lines(self, stream: int = STDOUT) -> AsyncIterator[bytes]:
-        """Yield lines as they come, each with its end; a line longer than 1 MiB comes in pieces."""
-        rest = b""
-        while data := await self.read(stream):
-            *whole, rest = (rest + data).splitlines(keepends=True)
-            if rest.endswith(b"\n") or len(rest) > 1 << 20:
-                whole, rest = [*whole, rest], b""
-            for line in whole:
-                yield line
-        if rest:
-            yield rest
-
-    async def write(self, data: bytes) -> None:
-        """Send to standard input, waiting while the command does not take it. Raises BrokenPipeError after its end."""
-        conversation, rest = self._link.conversation, memoryview(data)
-        while rest:
-            await self._until(lambda: conversation.stdin_room > 0 or self.returncode is not None)
-            if self.returncode is not None:
-                raise BrokenPipeError(f"{self.argv[0]} has ended")
-            size = min(len(rest), conversation.stdin_room)
-            await self._link.send(conversation.stdin(bytes(rest[:size])))
-            rest = rest[size:]
-
-    async def close_stdin(self) -> None:
-        """End standard input."""
-        if not self._stdin_closed and self.returncode is None:
-            self._stdin_closed = True
-            await self._link.send(self._link.conversation.stdin(b""))
-
-    async def send_signal(self, number: int) -> None:
-        """Signal the command's process group (on a terminal: the one in the foreground)."""
-        if self.returncode is None:
-            await self._link.send(protocol.signal(number))
-
-    async def terminate(self) -> None:
-        """Send SIGTERM."""
-        await self.send_signal(signal.SIGTERM)
-
-    async def kill(self) -> None:
-        """Send SIGKILL."""
-        await self.send_signal(signal.SIGKILL)
-
-    async def resize(self, rows: int, columns: int) -> None:
-        """Tell the command's terminal its size."""
-        if self.returncode is None:
-            await self._link.send(protocol.resize(rows, columns))
-
-    async def communicate(self, data: bytes = b"", *, limit_bytes: int = CAPTURE_BYTES) -> tuple[bytes, bytes]:
-        """Send `data`, collect everything, wait for the end. Raises AgentError beyond `limit_bytes` per stream."""
-
-        async def feed() -> None:
-            with contextlib.suppress(BrokenPipeError):
-                await self.write(data)
-            await self.close_stdin()
-
-        async def collect(stream: int) -> bytes:
-            found = bytearray()
-            while piece := await self.read(stream):
-                if len(found) + len(piece) > limit_bytes:
-                    raise AgentError(f"{self.argv[0]}: more than {limit_bytes} bytes of output")
-                found += piece
-            return bytes(found)
-
-        tasks = [asyncio.ensure_future(work) for work in (collect(STDOUT), collect(STDERR))]
-        feeding = asyncio.ensure_future(feed())
-        try:
-            stdout, stderr = await asyncio.gather(*tasks)
-            await feeding
-        finally:
-            for task in (*tasks, feeding):
-                task.cancel()
-            await asyncio.gather(*tasks, feeding, return_exceptions=True)
-        await self.wait()
-        return stdout, stderr
-
-    async def close(self) -> None:
-        """Let go of it: a command that still runs is ended by the agent."""
-        self._pump.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._pump
-        await self._link.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def _until(self, is_so: Callable[[], bool]) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: is_so() or self._error is not None)
-        if not is_so() and self._error is not None:
-            raise self._error
-
-    async def _receive(self) -> None:
-        """Take events until the end; what waits in the buffers is bounded by the windows."""
-        while self.returncode is None and self._error is None:
-            try:
-                self._state.take(await self._link.event(limited=False))
-            except AgentError as error:
-                self._error = error
-            async with self._changed:
-                self._changed.notify_all()
 
 
 class AsyncAgentClient:
@@ -306,11 +78,8 @@ class AsyncAgentClient:
 
     async def _open(self, timeout_s: float) -> AsyncLink:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_unix_connection(self._path, limit=CHUNK)
-            found = AsyncLink(reader, writer, self._timeout_s)
+            found = AsyncLink(*await connect(self._path, self._port), self._timeout_s)
             try:
-                if self._port is not None:
-                    await _ask_for_port(reader, writer, self._port)
                 self.hello = await found.greet()
             except BaseException:
                 await found.close()
@@ -498,18 +267,6 @@ class AsyncAgentClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-
-async def _ask_for_port(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
-    writer.write(f"CONNECT {port}\n".encode())
-    answer = bytearray()
-    while not answer.endswith(b"\n"):
-        byte = await reader.read(1)
-        if not byte or len(answer) >= ANSWER_BYTES:
-            raise ConnectionResetError("the guest does not listen")
-        answer += byte
-    if not answer.startswith(b"OK "):
-        raise ConnectionRefusedError(f"port {port} of the guest: {bytes(answer)!r}")
 
 
 def _take_all(taker: tree.Taker, events: Sequence[Event]) -> None:
