@@ -31,6 +31,7 @@ GUEST_OFFLOADS = {1 << 1: TUN_F_CSUM, 1 << 7: TUN_F_TSO4, 1 << 8: TUN_F_TSO6, 1 
 # VIRTIO_NET_F_CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN.
 HOST_OFFLOADS = 1 << 0 | 1 << 11 | 1 << 12 | 1 << 13
 MAX_FRAME_BYTES = HEADER_BYTES + 65535 + 14 + 8
+MAX_DRAINED = 4096
 RECEIVE_BYTES, RECEIVE_FRAMES = 16 * MAX_FRAME_BYTES, 64
 
 INTERFACES = Path("/sys/class/net")
@@ -144,6 +145,17 @@ class Tap:
         self.close()
         with self._host.lock:
             self.on_down()
+
+    def drain(self) -> list[bytes]:
+        """Take every frame that has come and that the device has not got. Loop thread only."""
+        frames = [bytes(each) for each in self._waiting]
+        self._waiting = []
+        while self._fd >= 0 and len(frames) < MAX_DRAINED:
+            try:
+                frames.append(os.read(self._fd, MAX_FRAME_BYTES))
+            except OSError:
+                break
+        return frames
 
     def close(self) -> None:
         """Let go of the interface; one made here vanishes. Loop thread, or after the loop's end."""

@@ -19,7 +19,7 @@ from ostler.migration import witness
 from ostler.migration.link import Link, LinkLost, expect
 from ostler.migration.pages import Batch, DiskPart, parse_batch, parse_disk_part
 from ostler.migration.target import State, Target
-from ostler.migration.wire import LIMITS, PAGE_BYTES, Frame, Kind
+from ostler.migration.wire import CARD, LIMITS, PAGE_BYTES, Frame, Kind
 from ostler.migration.witness import Witness
 
 DOUBT_SLICE_S = 0.02
@@ -149,6 +149,14 @@ class Incoming:
         """The guest runs; a source that is gone needs not know."""
         with contextlib.suppress(LinkLost):
             self._link.send(self.target.running())
+
+    def strays(self, deliver: Callable[[int, bytes], None]) -> None:
+        """Network frames that still came to where the guest was: card and frame, until there are no more."""
+        with contextlib.suppress(MigrationError):
+            while (frame := expect(self._link, Kind.FRAME, Kind.DONE)).kind is Kind.FRAME:
+                data = bytes(frame.payload)
+                if len(data) > CARD.size:
+                    deliver(CARD.unpack_from(data)[0], data[CARD.size :])
 
     def fail(self, reason: str) -> None:
         """Tell the source why the guest is not taken, if there is still time for that."""

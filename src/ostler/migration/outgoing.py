@@ -34,6 +34,7 @@ from ostler.migration.witness import Witness
 T = TypeVar("T")
 HAND_OVER_TIMEOUT_S = 30.0
 DOUBT_SLICE_S = 0.02
+STRAYS_TIMEOUT_S = 1.0
 READ_BYTES = 1 << 20
 
 
@@ -66,6 +67,9 @@ class Guest(Protocol):
 
     def take_back(self) -> None:
         """Undo `give_away`."""
+
+    def strays(self) -> Sequence[tuple[int, bytes]]:
+        """Network frames that came while the guest stood still, by its cards' numbers."""
 
     def on_loop(self, call: Callable[[], T]) -> T:
         """Run it in the loop's thread and wait for its end."""
@@ -272,13 +276,23 @@ class Outgoing:
         try:
             link.send(commit)
             source.received(expect(link, Kind.RUNNING))
+            done("running")
+            self._send_strays(link)
         except LinkLost as error:
             self._resolve(error)
-        done("running")
+            done("running")
         self.progress.pause_s = marks[-1][1] - marks[0][1]
         self.progress.pause_parts = {
             what: at - before for (_, before), (what, at) in itertools.pairwise(marks)
         }  # fmt: skip
+
+    def _send_strays(self, link: Link) -> None:
+        """What is lost here would cost somebody a retransmission, which is longer than the whole pause."""
+        with contextlib.suppress(LinkLost):
+            link.set_timeout(STRAYS_TIMEOUT_S)
+            for card, frame in self._guest.strays():
+                link.send(wire.pack(Kind.FRAME, wire.CARD.pack(card) + frame[: wire.MAX_FRAME_BYTES]))
+            link.send(wire.pack(Kind.DONE))
 
     def _resolve(self, lost: LinkLost) -> None:
         """The link was lost after COMMIT: the guest stands still until it is known what the target did with it."""

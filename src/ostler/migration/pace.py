@@ -9,6 +9,8 @@ FIXED_S = 0.012
 MIN_SEND_S = 0.004
 # Rounds without progress after which memory is taken to change faster than it can be sent.
 PATIENCE = 6
+# A round that leaves less than this part of what the one before left was worth it.
+SHRINKS = 0.75
 MAX_ROUNDS = 64
 
 
@@ -55,9 +57,12 @@ class Pace:
             self.dirty_per_s = left_bytes / seconds
 
     def may_stop(self, left_bytes: int) -> bool:
-        """Whether what is left can be sent within the pause that is wanted."""
-        allowed_s = max(self.downtime_s - FIXED_S, MIN_SEND_S)
-        return left_bytes <= allowed_s * (self.bytes_per_s or 1e6)
+        """Whether what is left can be sent within the pause that is wanted, and another round would make it no less."""
+        rate = self.bytes_per_s or 1e6
+        if left_bytes > max(self.downtime_s - FIXED_S, MIN_SEND_S) * rate:
+            return False
+        shrinks = len(self.history) < 2 or left_bytes < SHRINKS * self.history[-2]
+        return left_bytes <= MIN_SEND_S * rate or not shrinks
 
     @property
     def is_hopeless(self) -> bool:

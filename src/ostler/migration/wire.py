@@ -20,6 +20,7 @@ then TLS where it was asked for, then frames of `type, flags, 0, length` (8 byte
                 <------------------ READY      everything is here, and the machine has taken it
     COMMIT ----------------------->            from here on the guest is the target's
                 <------------------ RUNNING
+    FRAME, DONE ------------------>            what networks still brought to where the guest was
     post-copy: MISSING before FINAL; after RUNNING the target WANTs pages, the source sends PAGES, at last DONE
 
 CANCEL comes from the source at any time before COMMIT, FAILED from the target before READY.
@@ -54,6 +55,9 @@ BATCH = struct.Struct("<BBHI")
 RUN = struct.Struct("<QI")
 DISK_PART = struct.Struct("<HBBIQQ")
 ROUND_NUMBER = struct.Struct("<I")
+CARD = struct.Struct("<H")
+# The longest that a TAP interface gives: a header and 64 KiB of one packet.
+MAX_FRAME_BYTES = 128 << 10
 WANTED = struct.Struct("<Q")
 
 
@@ -86,6 +90,7 @@ class Kind(IntEnum):
     DONE = 17
     ABORT = 18
     FATE = 19
+    FRAME = 20
 
 
 class Encoding(IntEnum):
@@ -104,6 +109,7 @@ LIMITS = {
     Kind.DISK: DISK_PART.size + MAX_DISK_PART_BYTES + 4096, Kind.STATE: STATE_CHUNK_BYTES, Kind.MISSING: 32 << 20,
     Kind.FINAL: 4096, Kind.READY: 0, Kind.COMMIT: 0, Kind.RUNNING: 0, Kind.CANCEL: 4096, Kind.FAILED: 4096,
     Kind.WANT: WANTED.size * 512, Kind.DONE: 0, Kind.ABORT: 4096, Kind.FATE: 4096,
+    Kind.FRAME: CARD.size + MAX_FRAME_BYTES,
 }  # fmt: skip
 
 

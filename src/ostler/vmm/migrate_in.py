@@ -225,9 +225,23 @@ class _Running:
             return
         self.runs = True
         process.resume()
-        self._incoming.say_running()
+        # Before the source hears of it: frames that still go to it are passed on here, and those are all of them.
         announce_cards(process)
+        self._incoming.say_running()
         self._listener.say("running", name=self._name)
+        threading.Thread(target=self._incoming.strays, args=(self._stray,), name="strays", daemon=True).start()
+
+    def _stray(self, card: int, frame: bytes) -> None:
+        """In a thread of its own."""
+        networks = self._process.networks
+        if card < len(networks):
+            deliver = networks[card].device.deliver
+
+            def now() -> None:
+                with self._process.lock:
+                    deliver([memoryview(frame)])
+
+            self._process.loop.call_soon(now)
 
     def _restore(self, data: bytes) -> None:
         saved, _ = decode(data)

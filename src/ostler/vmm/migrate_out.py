@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ostler.abi.virtio.ring import used_bytes
 from ostler.backends.disk import RawDisk
+from ostler.backends.tap import Tap
 from ostler.config import GuestSpec
 from ostler.control import runtime
 from ostler.control.wire import Message, pack_error
@@ -128,6 +129,14 @@ class MovingGuest:
         for _, block, overlay in self._blocks:
             if not overlay and isinstance(block.disk, RawDisk) and not block.disk.read_only:
                 block.disk.lock(self._name)
+
+    def strays(self) -> list[tuple[int, bytes]]:
+        found = []
+        for number, card in enumerate(self._process.networks):
+            backend = card.device.backend
+            if isinstance(backend, Tap):
+                found += [(number, frame) for frame in backend.drain()]
+        return found
 
     def on_loop(self, call: Callable[[], T]) -> T:
         done = threading.Event()
