@@ -9,15 +9,14 @@ A connection is named by the guest's port and the host's. Either side may ask fo
 DRAINING connections belong to the host alone: the guest was told that the connection is gone, and what it had sent
 before is still passed on. A host that is done with both directions says so by SHUTDOWN and waits for the guest's RST.
 
-What a guest can cost the host: `MAX_CONNECTIONS` streams with `BUFFER_BYTES` each, and `MAX_RESETS` answers to packets
-that belong to no connection; beyond those the guest's queue waits until it takes answers, section 5.10.6.1.1.
+What a guest can cost the host: `MAX_CONNECTIONS` streams with `BUFFER_BYTES` each, and what `vsock_outbox` keeps
+for it; beyond that the guest's queue waits until it takes answers.
 
 Left out on purpose: SEQPACKET sockets; guests talking to each other (only CID 2 is reachable).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from ostler.devices.state import Saved, load, save, uint
 from ostler.devices.virtio.device import VirtioDevice
 from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
 from ostler.devices.virtio.vsock_connection import BUFFER_BYTES, CREDIT_STEP_BYTES, Connection, Stage, Stream
+from ostler.devices.virtio.vsock_outbox import Outbox
 from ostler.devices.virtio.vsock_packet import (
     HEADER_BYTES,
     HOST_CID,
@@ -44,7 +44,6 @@ from ostler.devices.virtio.vsock_packet import (
     Header,
     cut,
     read_header,
-    write_header,
 )
 
 DEVICE_TYPE = 19
@@ -55,11 +54,10 @@ EVENT_TRANSPORT_RESET = bytes(4)
 DEFAULT_GUEST_CID = 3
 
 MAX_CONNECTIONS = 256
-MAX_RESETS = 256
 # Host ports given to connections that the host asks for: above those a guest would ask for by number.
 FIRST_HOST_PORT, LAST_HOST_PORT = 1 << 30, (1 << 31) - 1
 # Per wake-up of one stream: enough to make the costs of waking small, little enough for the others' turns.
-READ_BYTES, READ_CHAINS = 256 << 10, 128
+READ_BYTES = 256 << 10
 # Packets of the guest served in one go; then the event loop gets a turn.
 TX_BUDGET = 1024
 
@@ -92,27 +90,28 @@ class VsockDevice(VirtioDevice):
         super().__init__()
         self._backend = backend
         self._state = VsockState(guest_cid)
-        self._rx: Virtqueue | None = None
+        self._outbox = Outbox(guest_cid)
         self._tx: Virtqueue | None = None
         self._events: Virtqueue | None = None
         self._connections: dict[tuple[int, int], Connection] = {}
         self._draining: set[Connection] = set()
-        # Connections that owe the guest a packet, in the order they began to; and answers to nobody.
-        self._owing: dict[Connection, None] = {}
-        self._resets: deque[tuple[int, int, int]] = deque()
         # Streams that have data and found no room in the guest's queue.
         self._starved: dict[Connection, None] = {}
         self._next_host_port = FIRST_HOST_PORT
         self._reset_owed = False
-        self.malformed = 0
-        """Packets without a whole header, with a false length or a foreign address."""
+        self._malformed = 0
+
+    @property
+    def malformed(self) -> int:
+        """Packets without a whole header, with a false length or a foreign address, and buffers too short for one."""
+        return self._malformed + self._outbox.short_buffers
 
     # -- the host's side --------------------------------------------------------------------
 
     @property
     def active(self) -> bool:
         """Whether a driver is there to ask."""
-        return self._rx is not None
+        return self._outbox.rx is not None
 
     @property
     def connection_count(self) -> int:
@@ -128,8 +127,8 @@ class VsockDevice(VirtioDevice):
             return False
         connection = Connection(stream, guest_port, self._new_host_port(guest_port), Stage.REQUESTED)
         self._add(connection)
-        self._owe(connection, OP_REQUEST)
-        self._guarded(self._serve_rx)
+        self._outbox.owe(connection, OP_REQUEST)
+        self._guarded(self._outbox.pay)
         return True
 
     def _add(self, connection: Connection) -> None:
@@ -145,7 +144,7 @@ class VsockDevice(VirtioDevice):
         if self.connection_count < MAX_CONNECTIONS:
             return True
         done = next((each for each in self._connections.values() if each.closed_by_both), None)
-        if done is None or not self._reset(done.guest_port, done.host_port):
+        if done is None or not self._outbox.reset(done.guest_port, done.host_port):
             return False
         self._remove(done)
         return True
@@ -167,7 +166,7 @@ class VsockDevice(VirtioDevice):
     # -- VirtioDevice -----------------------------------------------------------------------
 
     def activate(self, queues: Sequence[Virtqueue], features: int) -> None:  # noqa: ARG002 - one feature, always on
-        self._rx, self._tx, self._events = queues
+        self._outbox.rx, self._tx, self._events = queues
         self._announce_reset()
 
     def kicked(self, index: int) -> None:
@@ -180,7 +179,7 @@ class VsockDevice(VirtioDevice):
 
     def reset(self) -> None:
         self._drop_connections()
-        self._rx = self._tx = self._events = None
+        self._outbox.rx = self._tx = self._events = None
 
     def read_config(self, offset: int, size: int) -> int:
         return self._state.guest_cid >> (offset * 8) & ((1 << size * 8) - 1)
@@ -194,6 +193,7 @@ class VsockDevice(VirtioDevice):
     def restore(self, data: Mapping[str, object]) -> None:
         """Raises StateError and then changes nothing. The guest is told that its connections are gone."""
         self._state = load(VsockState, "vsock", data)
+        self._outbox.guest_cid = self._state.guest_cid
         self._drop_connections()
         self._reset_owed = True
         self._announce_reset()
@@ -214,7 +214,7 @@ class VsockDevice(VirtioDevice):
         for connection in [*self._connections.values(), *self._draining]:
             connection.stage = Stage.GONE
             connection.stream.close()
-        for each in (self._connections, self._draining, self._owing, self._starved, self._resets):
+        for each in (self._connections, self._draining, self._starved, self._outbox):
             each.clear()
 
     # -- from the guest ---------------------------------------------------------------------
@@ -226,7 +226,7 @@ class VsockDevice(VirtioDevice):
         more = True
         for _ in range(TX_BUDGET):
             # An answer per packet at most: with no room to keep one, the packet stays where it is.
-            if len(self._resets) >= MAX_RESETS:
+            if self._outbox.is_full:
                 break
             if (chain := tx.pop()) is None:
                 more = False
@@ -234,22 +234,22 @@ class VsockDevice(VirtioDevice):
             self._receive(chain)
             tx.push(chain, 0)
         tx.flush()
-        self._serve_rx()
+        self._outbox.pay()
         # Without room for answers, the driver's next buffer for them brings us back.
-        if more and len(self._resets) < MAX_RESETS:
+        if more and not self._outbox.is_full:
             self._backend.call_soon(partial(self._guarded, self._serve_tx))
 
     def _receive(self, chain: Chain) -> None:
         if chain.readable_bytes < HEADER_BYTES:
-            self.malformed += 1
+            self._malformed += 1
             return
         header = read_header(chain.readable)
         if header.src_cid != self._state.guest_cid or header.dst_cid != HOST_CID:
-            self.malformed += 1
+            self._malformed += 1
             return
         connection = self._connections.get((header.src_port, header.dst_port))
         if header.type != TYPE_STREAM or header.len > chain.readable_bytes - HEADER_BYTES:
-            self.malformed += 1
+            self._malformed += 1
             self._refuse(header, connection)
             return
         if connection is None:
@@ -283,7 +283,7 @@ class VsockDevice(VirtioDevice):
         elif op == OP_SHUTDOWN:
             self._receive_shutdown(connection, header.flags)
         elif op == OP_CREDIT_REQUEST:
-            self._owe(connection, OP_CREDIT_UPDATE)
+            self._outbox.owe(connection, OP_CREDIT_UPDATE)
         elif op != OP_CREDIT_UPDATE:
             self._refuse(header, connection)
 
@@ -301,7 +301,7 @@ class VsockDevice(VirtioDevice):
         new = flags & SHUTDOWN_BOTH & ~connection.guest_shutdown
         connection.guest_shutdown |= new
         if connection.guest_shutdown == SHUTDOWN_BOTH:
-            self._reset(connection.guest_port, connection.host_port)
+            self._outbox.reset(connection.guest_port, connection.host_port)
             self._release(connection)
         elif new & SHUTDOWN_SEND and not connection.buffer:
             connection.stream.finish_writing()
@@ -313,27 +313,20 @@ class VsockDevice(VirtioDevice):
             return
         connection = Connection(stream, header.src_port, header.dst_port, Stage.ESTABLISHED)
         connection.peer_alloc, connection.peer_forwarded = header.buf_alloc, header.fwd_cnt
-        self._owe(connection, OP_RESPONSE)
+        self._outbox.owe(connection, OP_RESPONSE)
         self._add(connection)
 
     def _refuse(self, header: Header, connection: Connection | None) -> None:
         """Answer RST, and forget the connection if there was one."""
         if header.op != OP_RST:
-            self._resets.append((header.src_port, header.dst_port, header.type))
+            self._outbox.answer_reset(header)
         if connection is not None:
             self._remove(connection)
-
-    def _reset(self, guest_port: int, host_port: int) -> bool:
-        """Tell the guest that a connection is gone; false when it takes no answers."""
-        if len(self._resets) >= 2 * MAX_RESETS:
-            return False
-        self._resets.append((guest_port, host_port, TYPE_STREAM))
-        return True
 
     def _passed_on(self, connection: Connection) -> None:
         """Bytes went to the host: tell the guest of the room, but not for every packet."""
         if (connection.forwarded - connection.announced) & MASK_32 >= CREDIT_STEP_BYTES:
-            self._owe(connection, OP_CREDIT_UPDATE)
+            self._outbox.owe(connection, OP_CREDIT_UPDATE)
 
     # -- ends -------------------------------------------------------------------------------
 
@@ -356,66 +349,14 @@ class VsockDevice(VirtioDevice):
     def _forget(self, connection: Connection) -> None:
         if self._connections.get(connection.key) is connection:
             del self._connections[connection.key]
-        self._owing.pop(connection, None)
+        self._outbox.forget(connection)
         self._starved.pop(connection, None)
 
     def _broken(self, connection: Connection) -> None:
         """The stream failed outside of a packet of the guest."""
         if connection.stage is not Stage.DRAINING:
-            self._reset(connection.guest_port, connection.host_port)
+            self._outbox.reset(connection.guest_port, connection.host_port)
         self._remove(connection)
-
-    # -- to the guest -----------------------------------------------------------------------
-
-    def _owe(self, connection: Connection, op: int) -> None:
-        connection.pending[op] = None
-        self._owing[connection] = None
-
-    def _serve_rx(self) -> None:
-        """Give the guest every packet it is owed, as far as it has room."""
-        rx = self._rx
-        if rx is None:
-            return
-        while self._resets or self._owing:
-            if (chain := self._pop_rx(rx)) is None:
-                break
-            if self._resets:
-                guest_port, host_port, kind = self._resets.popleft()
-                cid = self._state.guest_cid
-                self._put(rx, chain, (HOST_CID, cid, host_port, guest_port, 0, kind, OP_RST, 0, 0, 0))
-            else:
-                self._pay(rx, chain, next(iter(self._owing)))
-        rx.flush()
-
-    def _pay(self, rx: Virtqueue, chain: Chain, connection: Connection) -> None:
-        op = next(iter(connection.pending))
-        del connection.pending[op]
-        if not connection.pending:
-            del self._owing[connection]
-        flags = connection.host_shutdown if op == OP_SHUTDOWN else 0
-        self._put(rx, chain, self._header(connection, op, flags=flags))
-
-    def _header(self, connection: Connection, op: int, *, size: int = 0, flags: int = 0) -> tuple[int, ...]:
-        connection.announced = connection.forwarded
-        return (
-            HOST_CID, self._state.guest_cid, connection.host_port, connection.guest_port,
-            size, TYPE_STREAM, op, flags, BUFFER_BYTES, connection.forwarded,
-        )  # fmt: skip
-
-    @staticmethod
-    def _put(rx: Virtqueue, chain: Chain, header: tuple[int, ...]) -> None:
-        write_header(chain.writable, header)
-        rx.push(chain, HEADER_BYTES)
-
-    def _pop_rx(self, rx: Virtqueue) -> Chain | None:
-        """The next buffer that holds at least a header; the others go back empty, a ring of them at most."""
-        for _ in range(rx.size):
-            chain = rx.pop()
-            if chain is None or chain.writable_bytes >= HEADER_BYTES:
-                return chain
-            self.malformed += 1
-            rx.push(chain, 0)
-        return None
 
     # -- streams ----------------------------------------------------------------------------
 
@@ -425,18 +366,17 @@ class VsockDevice(VirtioDevice):
             connection.stream.watch(read=read, write=bool(connection.buffer))
 
     def _readable(self, connection: Connection) -> None:
-        rx = self._rx
-        if rx is None or connection.stage is Stage.GONE:
+        if not self.active or connection.stage is Stage.GONE:
             return
         try:
-            self._read(rx, connection)
+            self._read(connection)
         except OSError:
             self._broken(connection)
         else:
             self._watch(connection)
-        self._serve_rx()
+        self._outbox.pay()
 
-    def _read(self, rx: Virtqueue, connection: Connection) -> None:
+    def _read(self, connection: Connection) -> None:
         available = connection.stream.available()
         if connection.stage is Stage.REQUESTED:
             connection.early_bytes = bool(available)
@@ -446,40 +386,15 @@ class VsockDevice(VirtioDevice):
         if not connection.wants_to_read:
             return
         # What is owed comes first: a RESPONSE before the first byte.
-        self._serve_rx()
-        if self._resets or self._owing:
+        self._outbox.pay()
+        if not self._outbox.is_empty:
             self._starved[connection] = None
             return
         if available is None:
             connection.host_shutdown |= SHUTDOWN_BOTH if connection.stream.hung_up() else SHUTDOWN_SEND
-            self._owe(connection, OP_SHUTDOWN)
-        elif available:
-            self._fill(rx, connection, min(available, connection.credit, READ_BYTES))
-
-    def _fill(self, rx: Virtqueue, connection: Connection, wanted: int) -> None:
-        """Read up to `wanted` bytes straight into the guest's buffers. Raises OSError."""
-        chains: list[tuple[Chain, int]] = []
-        views: list[memoryview] = []
-        while wanted > 0 and len(chains) < READ_CHAINS:
-            if (chain := self._pop_rx(rx)) is None:
-                self._starved[connection] = None
-                break
-            room = min(chain.writable_bytes - HEADER_BYTES, wanted)
-            chains.append((chain, room))
-            views.extend(cut(chain.writable, HEADER_BYTES, room))
-            wanted -= room
-        count = 0
-        try:
-            count = connection.stream.read_into(views) if views else 0
-        finally:
-            # Every buffer goes back to the guest, whatever happened: the ones left over say what credit there is.
-            for chain, room in chains:
-                size = min(room, count)
-                count -= size
-                connection.sent = (connection.sent + size) & MASK_32
-                op = OP_RW if size else OP_CREDIT_UPDATE
-                write_header(chain.writable, self._header(connection, op, size=size))
-                rx.push(chain, HEADER_BYTES + size)
+            self._outbox.owe(connection, OP_SHUTDOWN)
+        elif available and not self._outbox.send(connection, min(available, connection.credit, READ_BYTES)):
+            self._starved[connection] = None
 
     def _writable(self, connection: Connection) -> None:
         if connection.stage is Stage.GONE:
@@ -497,11 +412,11 @@ class VsockDevice(VirtioDevice):
         else:
             self._passed_on(connection)
             self._watch(connection)
-        self._serve_rx()
+        self._outbox.pay()
 
     def _resume_reading(self) -> None:
         """The guest gave buffers: answers first, then whoever waited for room, then packets that waited for answers."""
-        self._serve_rx()
+        self._outbox.pay()
         waiting, self._starved = self._starved, {}
         for connection in waiting:
             self._watch(connection)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ostler.devices.virtio import vsock
-from ostler.devices.virtio.vsock import EVENT, MAX_CONNECTIONS, MAX_RESETS
+from ostler.devices.virtio.vsock import EVENT, MAX_CONNECTIONS
 from ostler.devices.virtio.vsock_connection import BUFFER_BYTES
+from ostler.devices.virtio.vsock_outbox import MAX_RESETS
 from ostler.devices.virtio.vsock_packet import (
     HEADER_BYTES,
     OP_CREDIT_REQUEST,
