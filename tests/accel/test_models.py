@@ -10,7 +10,7 @@ from ostler.abi.kvm.caps import Cap
 from ostler.abi.kvm.state import CpuidEntry2
 from ostler.accel.api import Accel
 from ostler.accel.features import ARCH_CAPABILITIES, FEATURES, MSR_ARCH_CAPABILITIES
-from ostler.accel.fitting import Policy, feature_names, fit, missing_features
+from ostler.accel.fitting import Policy, feature_names, fit, fit_default, missing_features
 from ostler.accel.models import MODELS, model
 from ostler.errors import BadRequest
 
@@ -88,20 +88,23 @@ def test_model_with_avx_has_a_place_for_its_registers() -> None:
 
 
 def test_model_changes_follow_its_name() -> None:
-    changed = model("ostler-v2.2,+pku,-x2apic,-taa_no,vendor=amd")
+    changed = model("ostler-v3.1,+pku,-x2apic,-taa_no,vendor=amd")
 
     assert changed.immunities == model().immunities - {"taa_no"}
     assert changed.features == model().features - {"x2apic"} | {"pku"}
     assert by_leaf(changed.cpuid(0, 1, 1_000_000))[0, 0].ebx.to_bytes(4, "little") == b"Auth"
-    assert changed.name == "ostler-v2.2,+pku,-x2apic,-taa_no,vendor=amd"
+    assert changed.name == "ostler-v3.1,+pku,-x2apic,-taa_no,vendor=amd"
 
 
 @pytest.mark.parametrize(
     ("change", "gone"),
-    [("-xsave", {"xsave", "xsaveopt", "xsavec", "xgetbv1", "xsaves"}), ("-xsavec", {"xsavec", "xsaves"})],
+    [
+        ("-xsave", {"xsave", "xsaveopt", "xsavec", "xgetbv1", "xsaves", "avx", "avx2", "fma", "f16c"}),
+        ("-xsavec", {"xsavec", "xsaves"}),
+    ],
 )
 def test_model_without_a_feature_lacks_those_that_need_it(change: str, gone: set[str]) -> None:
-    changed = model(f"ostler-v2.2,{change}")
+    changed = model(f"ostler-v3.1,{change}")
 
     assert model().features - changed.features == gone
     assert feature_names(changed.cpuid(0, 1, 1_000_000)) == changed.features
@@ -137,8 +140,15 @@ def test_every_feature_bit_is_named_once() -> None:
 def test_fit_refuses_and_names_what_is_missing() -> None:
     poor = cast(Accel, PoorAccel({"leaf7"}))
 
-    with pytest.raises(BadRequest, match=r"CPU model ostler-v2\.2: poor on this host lacks adx, .*smep"):
+    with pytest.raises(BadRequest, match=r"CPU model ostler-v3\.1: poor on this host lacks adx, .*smep"):
         fit(model(), poor, Policy.REFUSE)
+
+
+def test_fit_default_without_a_part_of_the_level_is_the_level_before() -> None:
+    fitted, missing = fit_default(cast(Accel, PoorAccel({"leaf7"})))
+
+    assert fitted.name == "ostler-v2.2"
+    assert "smep" in missing
 
 
 def test_fit_masks_what_is_missing() -> None:

@@ -79,7 +79,8 @@ def test_xsetbv_takes_what_the_model_has(lab: Lab, value: int, *, fault: bool) -
         xsetbv
         xgetbv
         report  rax
-    """)
+    """),
+        cpu=model("ostler-v2.2"),
     ) as machine:
         log = machine.run()
 
@@ -91,7 +92,7 @@ ENABLE_SSE = "xor ecx, ecx; mov eax, 3; xor edx, edx; xsetbv;"
 
 def machine_with_sse(lab: Lab, text: str) -> Machine:
     """XCR0 set from outside, too: see deviations.py on who never learns of XSETBV."""
-    machine = lab.machine(program(f"{ENABLE_SSE}\n{text}"))
+    machine = lab.machine(program(f"{ENABLE_SSE}\n{text}"), cpu=model("ostler-v2.2"))
     xcrs = Xcrs(nr_xcrs=1)
     xcrs.xcrs[0].value = 3
     machine.vcpus[0].set_xcrs(xcrs)

@@ -4,8 +4,8 @@
     carry.py continue --accel kvm FILE-1          put the state into a new machine and run it to its end
 
 The workload counts, and hashes what it counted: what its last line says depends on every step on both sides. The
-processor's model is what both accelerators can give: `--without` names what the poorer one lacks. The file is for this
-tool only: a line of JSON, then the guest's memory but for its empty parts.
+processor's model is what both accelerators can give of the older default: `--without` names what the poorer one lacks.
+The file is for this tool only: a line of JSON, then the guest's memory but for its empty parts.
 
 Exit status 0 when it went as it should, 1 when not; one line says how far the guest was.
 """
@@ -27,7 +27,7 @@ from typing import Any
 from ostler import accel
 from ostler.abi.kvm.state import Regs
 from ostler.accel.fitting import missing_features
-from ostler.accel.models import DEFAULT_MODEL, model
+from ostler.accel.models import FALLBACK_MODEL, model
 from ostler.boot.load import read_kernel
 from ostler.boot.unpacked import UnpackedKernels
 from ostler.config import GuestSpec
@@ -67,8 +67,8 @@ def last_line() -> str:
 
 
 def reduced_model(without: str) -> str:
-    """The default model's name without the features listed, as `missing` prints them."""
-    return ",".join([DEFAULT_MODEL, *(f"-{name}" for name in without.split(",") if name)])
+    """The model's name without the features listed, as `missing` prints them."""
+    return ",".join([FALLBACK_MODEL, *(f"-{name}" for name in without.split(",") if name)])
 
 
 def guest_spec(kernel: Path, image: Path, cpu: str, cpus: int) -> GuestSpec:
@@ -186,9 +186,9 @@ def from_text(value: dict[str, Any]) -> Any:
 
 
 def missing(arguments: argparse.Namespace) -> int:
-    """Print what the accelerator lacks of the default model, separated by commas."""
+    """Print what the accelerator lacks of the model, separated by commas."""
     opened = accel.open(arguments.accel)
-    print(",".join(missing_features(model(), opened)))
+    print(",".join(missing_features(model(FALLBACK_MODEL), opened)))
     opened.close()
     return 0
 
@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=1, help="how often to save")
-    parser.add_argument("--without", default="", help="features of the default model that the other side lacks")
+    parser.add_argument("--without", default="", help="features of the model that the other side lacks")
     arguments = parser.parse_intermixed_args()
     return {"save": save, "continue": resume, "missing": missing}[arguments.what](arguments)
 

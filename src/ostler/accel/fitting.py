@@ -8,7 +8,7 @@ from ostler.abi.kvm.caps import Cap
 from ostler.abi.kvm.state import CpuidEntry2
 from ostler.accel.api import VCPU, Accel
 from ostler.accel.features import ARCH_CAPABILITIES, FEATURES, MSR_ARCH_CAPABILITIES, without
-from ostler.accel.models import CpuModel
+from ostler.accel.models import DEFAULT_MODEL, FALLBACK_MODEL, CpuModel, model
 from ostler.errors import BadRequest
 
 # KVM does not list these as its own although it gives them.
@@ -47,6 +47,18 @@ def fit(model: CpuModel, accel: Accel, policy: Policy) -> tuple[CpuModel, list[s
         immunities=model.immunities - set(missing),
     )
     return fitted, missing
+
+
+def fit_default(accel: Accel) -> tuple[CpuModel, list[str]]:
+    """The model of a guest that asks for none, as `fit` gives it; what is missing is taken out.
+
+    An accelerator without the whole level that the default brings (a host without AVX2) gives the level before:
+    programs look for levels, and a processor that is between two is one that nobody tests.
+    """
+    chosen, before = model(DEFAULT_MODEL), model(FALLBACK_MODEL)
+    if (chosen.features - before.features) & set(missing_features(chosen, accel)):
+        chosen = before
+    return fit(chosen, accel, Policy.MASK)
 
 
 def install(model: CpuModel, vcpu: VCPU, vcpus: int) -> None:

@@ -109,7 +109,9 @@ MODELS: Mapping[str, CpuModel] = {
 # What the levels are called elsewhere, and the model here that has all of them.
 ALIASES: Mapping[str, str] = {"x86-64-v2": "ostler-v2.2", "x86-64-v3": "ostler-v3.1"}
 
-DEFAULT_MODEL = "ostler-v2.2"
+DEFAULT_MODEL = "ostler-v3.1"
+# The default where an accelerator lacks what the default is newer for, see `ostler.accel.fitting.fit_default`.
+FALLBACK_MODEL = "ostler-v2.2"
 
 
 def model(name: str = DEFAULT_MODEL) -> CpuModel:

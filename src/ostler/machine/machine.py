@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from ostler.abi.kvm import board as kvm_board
 from ostler.accel.api import VCPU, Accel, Cap, IrqRoute, Route
-from ostler.accel.fitting import Policy, fit, install
+from ostler.accel.fitting import Policy, fit, fit_default, install
 from ostler.accel.models import DEFAULT_MODEL, model
 from ostler.boot.acpi import install_tables
 from ostler.boot.kernel import Kernel
@@ -57,8 +57,9 @@ class Machine:
         if spec.cpus > most:
             raise BadRequest(f"cpus {spec.cpus}: {accel.name} on this host gives a guest at most {most}")
         # Whoever names a model wants that model; the default gives way where a host is older.
-        policy = Policy.REFUSE if spec.cpu != DEFAULT_MODEL else Policy.MASK
-        self.model, self.masked_features = fit(model(spec.cpu), accel, policy)
+        by_default = spec.cpu == DEFAULT_MODEL
+        fitted = fit_default(accel) if by_default else fit(model(spec.cpu), accel, Policy.REFUSE)
+        self.model, self.masked_features = fitted
         with contextlib.ExitStack() as stack:
             try:
                 self.shares_memory = any(device.shares_memory for _, device in functions)

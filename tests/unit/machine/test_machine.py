@@ -56,7 +56,7 @@ def test_machine_creates_chips_before_processors_and_registers_memory() -> None:
         assert all(vcpu.cpuid for vcpu in accel.vm.vcpus)
         assert [accel.vm.chips[chip_id].chip.pic.irq_base for chip_id in (0, 1)] == [0x08, 0x70]
         assert accel.vm.vcpus[2].lapic.regs[0x351] == 0x07
-        assert all(vcpu.xcrs.xcrs[0].value == 0b11 for vcpu in accel.vm.vcpus)
+        assert all(vcpu.xcrs.xcrs[0].value == 0b111 for vcpu in accel.vm.vcpus)
     assert accel.vm.closed
 
 
@@ -92,6 +92,12 @@ def test_machine_named_model_that_accelerator_lacks_is_refused_and_default_is_ma
         assert "popcnt" in machine.masked_features
     with Machine(spec(cpu="ostler-v1.1"), poor, wiring()) as machine:
         assert machine.masked_features == []
+
+
+def test_machine_by_default_has_the_newest_level_that_is_there_whole() -> None:
+    for there, expected in (("ostler-v3.1", "ostler-v3.1"), ("ostler-v3.1,-f16c", "ostler-v2.2")):
+        with Machine(spec(), FakeAccel(supported_model=there), wiring()) as machine:
+            assert (machine.model.name, machine.masked_features) == (expected, [])
 
 
 def test_board_ports_reach_devices() -> None:
