@@ -6,8 +6,7 @@ negotiated between driver and back end, the device passes them through:
 - a back end whose frames carry the virtio header (TAP) finishes checksums and segments itself;
 - one whose frames do not (passt) says what it needs no finishing of, and everything it delivers has been verified.
 
-Receiving: a frame goes into one buffer, or with VIRTIO_NET_F_MRG_RXBUF over as many as it needs. Without buffers the
-back end is paused, so that the sender feels it, instead of dropping.
+Receiving: without buffers of the guest's the back end is paused, so that the sender feels it, instead of dropping.
 
 Left out on purpose: several queue pairs (one event loop would serve them all); receive filters, which are best effort
 in the specification and of no use on a wire with one guest; VLAN offloads; receive-side scaling.
@@ -15,14 +14,15 @@ in the specification and of no use on a wire with one guest; VLAN offloads; rece
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ostler.devices.state import Saved, blob, load, save, uint
 from ostler.devices.virtio import net_header as net
 from ostler.devices.virtio.device import VirtioDevice, read_field
+from ostler.devices.virtio.net_backend import NetBackend
 from ostler.devices.virtio.net_header import HEADER, HEADER_BYTES
+from ostler.devices.virtio.net_receive import Receiver
 from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
 from ostler.devices.virtio.rate_limit import RateLimit
 from ostler.errors import StateError
@@ -36,35 +36,6 @@ BATCH_FRAMES, BATCH_BYTES = 128, 512 << 10
 BATCHES = 8
 CTRL_COMMANDS = 64
 CTRL_BYTES = 4096
-
-
-class NetBackend(Protocol):
-    """The wire. Called under the board's lock."""
-
-    features: int
-    """Offloads it can take or give, as feature bits."""
-    header_bytes: int
-    """0, or HEADER_BYTES when its frames carry the header."""
-    mtu: int
-    """Largest IP packet of both sides."""
-
-    def configure(self, offloads: int) -> None:
-        """What the driver accepts of `features` from now on."""
-
-    def attach(self, deliver: Callable[[Sequence[memoryview]], int], writable: Callable[[], None]) -> None:
-        """Begin. `deliver` takes frames and says how many it took; fewer means: `pause` yourself until `resume`.
-
-        `writable` is to be called when `send` can be called again.
-        """
-
-    def send(self, frames: Sequence[list[memoryview]]) -> bool:
-        """Send all of these, each in pieces; false when no more should come until `writable`."""
-
-    def resume(self) -> None:
-        """There is room again for frames that were not taken."""
-
-    def call_soon(self, callback: Callable[[], None]) -> None:
-        """Run on the event loop, under the board's lock."""
 
 
 @dataclass(slots=True)
@@ -108,14 +79,11 @@ class NetDevice(VirtioDevice):
         self._rx: Virtqueue | None = None
         self._tx: Virtqueue | None = None
         self._ctrl: Virtqueue | None = None
-        self._mergeable = False
         self._own_mac = mac
         self._announce = self._restored = False
         self._blocked = self._starved = False
-        self._header = bytes(HEADER_BYTES)
-        self._sent_frames = self._sent_bytes = self._received_frames = self._received_bytes = 0
-        self.dropped = 0
-        """Frames that fitted no buffer, came without a driver, or were none."""
+        self._receiver = Receiver(backend.header_bytes)
+        self._sent_frames = self._sent_bytes = self._dropped = 0
         backend.attach(self.deliver, self._writable)
 
     @property
@@ -128,13 +96,18 @@ class NetDevice(VirtioDevice):
         """The address as the driver has set it last."""
         return self._state.mac
 
+    @property
+    def dropped(self) -> int:
+        """Frames that fitted no buffer, came without a driver, or were none."""
+        return self._dropped + self._receiver.dropped
+
     def counters(self) -> dict[str, int]:
         """Whole frames and their bytes from the guest (sent) and to it (received), and those lost."""
         return {
             "sent_frames": self._sent_frames,
             "sent_bytes": self._sent_bytes,
-            "received_frames": self._received_frames,
-            "received_bytes": self._received_bytes,
+            "received_frames": self._receiver.frames,
+            "received_bytes": self._receiver.bytes,
             "dropped_frames": self.dropped,
         }
 
@@ -148,7 +121,7 @@ class NetDevice(VirtioDevice):
 
     def activate(self, queues: Sequence[Virtqueue], features: int) -> None:
         self._rx, self._tx, self._ctrl = queues
-        self._mergeable = bool(features & net.F_MRG_RXBUF)
+        self._receiver.mergeable = bool(features & net.F_MRG_RXBUF)
         accepted = features & self._backend.features
         if self._restored:
             # The driver may have turned some off since it negotiated them.
@@ -200,7 +173,7 @@ class NetDevice(VirtioDevice):
         self._backend.configure(offloads)
         # A back end without headers has verified what it delivers: the guest need not.
         verified = offloads & net.F_GUEST_CSUM and not self._backend.header_bytes
-        self._header = HEADER.pack(net.FLAG_DATA_VALID if verified else 0, net.NO_SEGMENTATION, 0, 0, 0, 0, 1)
+        self._receiver.header = HEADER.pack(net.FLAG_DATA_VALID if verified else 0, net.NO_SEGMENTATION, 0, 0, 0, 0, 1)
 
     # -- from the guest ---------------------------------------------------------------------
 
@@ -225,7 +198,7 @@ class NetDevice(VirtioDevice):
             chains.append(chain)
             size = chain.readable_bytes - HEADER_BYTES
             if not net.ETHERNET_BYTES <= size <= net.MAX_FRAME_BYTES or not self._state.link_up:
-                self.dropped += 1
+                self._dropped += 1
                 continue
             frames.append(self._frame(chain.readable))
             total += size
@@ -269,14 +242,14 @@ class NetDevice(VirtioDevice):
         """Put frames into the guest's buffers; how many were taken. Without a driver or a link all are lost."""
         rx = self._rx
         if rx is None or not rx.enabled or not self._state.link_up:
-            self.dropped += len(frames)
+            self._dropped += len(frames)
             return len(frames)
         taken = 0
         try:
             for frame in frames:
                 if self._rx_limit and not self._rx_limit.ready(self._backend.resume):
                     break
-                if not self._receive(rx, frame):
+                if not self._receiver.take(rx, frame):
                     self._starved = True
                     break
                 taken += 1
@@ -287,67 +260,6 @@ class NetDevice(VirtioDevice):
             self.broken(error)
             return len(frames)
         return taken
-
-    def _receive(self, rx: Virtqueue, frame: memoryview) -> bool:
-        """One frame; false when the guest has no room now."""
-        carried = self._backend.header_bytes
-        if not net.ETHERNET_BYTES <= len(frame) - carried <= net.MAX_FRAME_BYTES:
-            self.dropped += 1
-            return True
-        first = rx.pop()
-        if first is None:
-            return False
-        size = len(frame) - carried + HEADER_BYTES
-        chains, room = [first], first.writable_bytes
-        while room < size and self._mergeable and len(chains) < rx.size:
-            if (more := rx.pop()) is None:
-                break
-            chains.append(more)
-            room += more.writable_bytes
-        if room < size:
-            return self._undelivered(rx, chains)
-        self._received_frames += 1
-        self._received_bytes += len(frame) - carried
-        if len(chains) == 1 and not carried and len(first.writable) == 1:
-            # Nearly every small frame: one buffer in one piece.
-            view = first.writable[0]
-            view[:HEADER_BYTES] = self._header
-            view[HEADER_BYTES:size] = frame
-            rx.push(first, size)
-            return True
-        self._scatter(rx, chains, frame)
-        return True
-
-    def _undelivered(self, rx: Virtqueue, chains: list[Chain]) -> bool:
-        """The frame fits not even all the buffers there are: wait for more, or drop what will never fit."""
-        for _ in chains:
-            rx.unpop()
-        if self._mergeable and len(chains) < rx.size:
-            return False
-        self.dropped += 1
-        return True
-
-    def _scatter(self, rx: Virtqueue, chains: list[Chain], frame: memoryview) -> None:
-        """Header and frame over several buffers, in pieces of any size. There is room for all of it."""
-        carried = self._backend.header_bytes
-        header = bytearray(frame[:carried] if carried else self._header)
-        header[net.NUM_BUFFERS_OFFSET :] = len(chains).to_bytes(2, "little")
-        parts = [memoryview(header), frame[carried:]]
-        filled = []
-        for chain in chains:
-            written = 0
-            for view in chain.writable:
-                at = 0
-                while at < len(view) and parts:
-                    piece = parts[0][: len(view) - at]
-                    view[at : at + len(piece)] = piece
-                    at += len(piece)
-                    rest = parts[0][len(piece) :]
-                    parts[:1] = [rest] if rest else []
-                written += at
-            filled.append((chain, written))
-        # Section 5.1.6.4: a driver that polls must not find a part of a frame.
-        rx.push_together(filled)
 
     # -- control ----------------------------------------------------------------------------
 
