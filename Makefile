@@ -6,7 +6,7 @@ PY := .venv/bin/python
 CARGO ?= cargo
 RUST_SOURCES := $(shell find rust -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: help setup run test test-rust test-python lint fuzz bench bars hostile test-kvm conformance clean
+.PHONY: help setup run test test-rust test-python lint fuzz lockstep trials bench bars hostile test-kvm conformance clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,9 +39,17 @@ lint: setup ## ruff, mypy, import-linter, rustfmt, clippy
 	@tools/cargo clippy --manifest-path rust/Cargo.toml --workspace --all-targets --quiet -- -D warnings
 	@tools/cargo clippy --manifest-path rust/agent/Cargo.toml --all-targets --quiet -- -D warnings
 
-fuzz: setup ## Random instructions on the host's CPU and on the interpreter, compared
+fuzz: setup ## Random programs on the host's CPU, the interpreter and the translator, compared
 	@tools/fuzz --require-coverage $(FUZZ)
 	@tools/fuzz --mode robust
+
+lockstep: setup ## A boot and a Python run on interpreter and translator at once, compared by instruction
+	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap
+	@$(PY) -m benches.trials lockstep
+
+trials: setup ## 200 boots, stress-ng, programs that generate code, a leak run; takes an hour
+	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap
+	@$(PY) -m benches.trials $(TRIALS)
 
 bench: setup ## Engine speed, start to power-off, programs in a guest, beside QEMU's TCG and native
 	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap

@@ -22,7 +22,7 @@ const FILLS: u64 = 64;
 pub struct Comparer {
     native: Native,
     subject: subject::Subject,
-    translating: subject::Subject,
+    translating: [subject::Subject; 2],
     native_outcome: Outcome,
     ours: Outcome,
     trace: Trace,
@@ -56,14 +56,15 @@ impl Comparer {
         Ok(Self {
             native: Native::new()?,
             subject: subject::Subject::new()?,
-            translating: subject::Subject::translating()?,
+            translating: [subject::Subject::translating(1)?, subject::Subject::translating(3)?],
             native_outcome: Outcome::default(),
             ours: Outcome::default(),
             trace: Trace::default(),
         })
     }
 
-    /// Executes a case with this memory four times: stepping, natively, by blocks, translated.
+    /// Executes a case with this memory: stepping, natively, by blocks, translated at once, and (where
+    /// it may have loops) translated in the midst of it. The code is put in its place each time.
     pub fn compare(&mut self, case: &Case, memory: &Memory) -> Verdict {
         self.subject.place(case);
         self.subject.step(case, memory, &mut self.ours, &mut self.trace);
@@ -74,14 +75,18 @@ impl Comparer {
         if self.differs(case) {
             return Verdict::Different(Way::Stepping);
         }
+        self.subject.place(case);
         self.subject.run(case, memory, &mut self.ours);
         if self.differs(case) {
             return Verdict::Different(Way::Blocks);
         }
-        self.translating.place(case);
-        self.translating.run(case, memory, &mut self.ours);
-        if self.differs(case) {
-            return Verdict::Different(Way::Translated);
+        let loops = case.starts.len() > 64 || case.changes();
+        for index in 0..1 + loops as usize {
+            self.translating[index].place(case);
+            self.translating[index].run(case, memory, &mut self.ours);
+            if self.differs(case) {
+                return Verdict::Different(Way::Translated);
+            }
         }
         Verdict::Same
     }
@@ -117,6 +122,8 @@ pub struct Totals {
     pub instructions: u64,
     /// Cases compared.
     pub cases: u64,
+    /// Cases among them that changed their own code.
+    pub changed: u64,
     /// Cases that could not be compared.
     pub skipped: u64,
 }
@@ -148,8 +155,12 @@ impl<'a> Campaign<'a> {
 
     /// One sequence with its variants; the first mismatch, if any.
     pub fn round(&mut self) -> Option<Mismatch> {
-        let (sequence, kinds) = self.generator.sequence();
-        let rip = self.place_for(&sequence);
+        let (sequence, kinds, changing) = match self.rng.below(10) {
+            0..=1 => shaped(self.generator.shaped(false), false),
+            2..=3 => shaped(self.generator.shaped(true), true),
+            _ => shaped(self.generator.sequence(), false),
+        };
+        let rip = self.place_for(&sequence, changing)?;
         let (code, starts) = sequence.lay_out(rip);
         let bits = self.generator.bits;
         let mut case = Case { bits, code, starts, state: State::default(), fill: 0, pokes: Vec::new() };
@@ -159,7 +170,7 @@ impl<'a> Campaign<'a> {
             case.state.rip = rip;
             case.fill = self.rng.below(FILLS);
             match self.comparer.compare(&case, &self.fills[case.fill as usize]) {
-                Verdict::Same => self.count(&codes),
+                Verdict::Same => self.count(&codes, &case),
                 Verdict::Skipped => self.totals.skipped += 1,
                 Verdict::Different(_) => {
                     let subject = shrink::Subject { bits, sequence, state: case.state, fill: case.fill };
@@ -170,21 +181,27 @@ impl<'a> Campaign<'a> {
         None
     }
 
-    fn count(&mut self, codes: &[Code]) {
+    fn count(&mut self, codes: &[Code], case: &Case) {
         self.totals.cases += 1;
+        let code = &self.comparer.ours.code;
+        self.totals.changed += (!code.is_empty() && *code != case.image()) as u64;
         self.totals.instructions += self.comparer.trace.steps.len() as u64;
         for &(index, completed) in &self.comparer.trace.steps {
             self.coverage.note(codes[index as usize], completed);
         }
     }
 
-    /// Where the sequence is put: a fifth of them over a page boundary.
-    fn place_for(&mut self, sequence: &Sequence) -> u64 {
+    /// Where the sequence is put: a fifth of them over a page boundary. `None`: it is too long.
+    fn place_for(&mut self, sequence: &Sequence, changing: bool) -> Option<u64> {
         let size: usize = sequence.items.iter().map(|item| item.bytes.len()).sum();
-        if self.rng.percent(20) && size > 0 {
-            return CODE + 0x2000 - self.rng.below(size as u64 + 7);
+        let area = if changing { PATCH } else { CODE };
+        if size > 0x1700 {
+            return None;
         }
-        CODE + 0x1000 + self.rng.below(0x800)
+        if self.rng.percent(20) && size > 0 {
+            return Some(area + 0x2000 - self.rng.below(size as u64 + 7));
+        }
+        Some(area + 0x1000 + self.rng.below(0x800))
     }
 
     fn reduce(&mut self, subject: shrink::Subject) -> Mismatch {
@@ -199,6 +216,10 @@ impl<'a> Campaign<'a> {
         let report = report(&case, verdict, &self.comparer.differences());
         Mismatch { signature: signature(&case), report, case }
     }
+}
+
+fn shaped((sequence, kinds): (Sequence, [values::Kind; 16]), changing: bool) -> (Sequence, [values::Kind; 16], bool) {
+    (sequence, kinds, changing)
 }
 
 fn signature(case: &Case) -> String {

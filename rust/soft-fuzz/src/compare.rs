@@ -195,7 +195,7 @@ fn excuse_precision(native: &Outcome, ours: &mut Outcome) {
 
 /// Whether two outcomes agree.
 pub fn same(one: &Outcome, other: &Outcome) -> bool {
-    one.end == other.end && one.state == other.state && one.memory == other.memory
+    one.end == other.end && one.state == other.state && one.memory == other.memory && one.code == other.code
 }
 
 const NAMES: [&str; 16] =
@@ -254,6 +254,11 @@ pub fn differences(native: &Outcome, ours: &Outcome) -> String {
                 out += &format!("  [{at:#x}]: host {:02x}, interpreter {:02x}\n", host[index], interpreter[index]);
             }
             shown += 1;
+        }
+    }
+    for (index, (host, interpreter)) in native.code.iter().zip(&ours.code).enumerate() {
+        if host != interpreter {
+            out += &format!("  code at offset {index:#x}: host {host:02x}, interpreter {interpreter:02x}\n");
         }
     }
     if shown > 24 {

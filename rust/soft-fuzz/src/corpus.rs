@@ -69,7 +69,8 @@ pub fn parse(text: &str) -> Result<Case, String> {
         let Some((name, rest)) = line.split_once(' ') else { continue };
         parse_line(&mut case, name, rest.trim())?;
     }
-    if !(CODE..CODE + CODE_BYTES as u64).contains(&case.state.rip) || case.code.len() > CODE_BYTES / 4 {
+    let placed = [CODE, PATCH].iter().any(|area| (*area..area + CODE_BYTES as u64 / 2).contains(&case.state.rip));
+    if !placed || case.code.len() > CODE_BYTES / 2 {
         return Err("the code does not lie in the code area".to_owned());
     }
     let mut at = 0;

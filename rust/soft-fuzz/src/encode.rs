@@ -384,7 +384,8 @@ mod tests {
             let Some(form) = Form::new(code, bits) else { continue };
             let address = Address {
                 base: Some(3),
-                index: Some((if bits == 64 { 9 } else { 1 }, 2)),
+                // Not the register that a gather loads.
+                index: Some((if bits == 64 { 9 } else { 2 }, 2)),
                 disp: 0x40,
                 ..Address::default()
             };

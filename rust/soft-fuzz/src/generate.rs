@@ -28,7 +28,7 @@ pub struct Generator<'a> {
     /// 64, or 32 for compatibility mode.
     pub bits: u32,
     pools: [Pool; 2],
-    items: Vec<Item>,
+    pub(crate) items: Vec<Item>,
     information: InstructionInfoFactory,
     _catalogue: &'a Catalogue,
 }
@@ -79,10 +79,7 @@ impl<'a> Generator<'a> {
     /// A new sequence and what its registers should hold at the start.
     pub fn sequence(&mut self) -> (Sequence, [Kind; 16]) {
         self.bits = if self.rng.percent(15) { 32 } else { 64 };
-        let kinds = self.initial_kinds();
-        self.kinds = kinds;
-        self.items.clear();
-        self.restores = self.rng.percent(40);
+        let kinds = self.begin();
         let length = 1 + self.rng.below(MAX_LENGTH);
         // Some sequences keep to one family: their state then stays interesting for it.
         let family = self.rng.below(8);
@@ -92,6 +89,14 @@ impl<'a> Generator<'a> {
         }
         self.aim_branches();
         (Sequence { items: std::mem::take(&mut self.items) }, kinds)
+    }
+
+    /// Begins a sequence; what registers shall hold at its start.
+    pub(crate) fn begin(&mut self) -> [Kind; 16] {
+        self.kinds = self.initial_kinds();
+        self.items.clear();
+        self.restores = self.rng.percent(40);
+        self.kinds
     }
 
     fn initial_kinds(&mut self) -> [Kind; 16] {
@@ -114,7 +119,7 @@ impl<'a> Generator<'a> {
     }
 
     /// Adds one instruction with its preparations; false when the attempt gave nothing.
-    fn instruction(&mut self, family: u64) -> bool {
+    pub(crate) fn instruction(&mut self, family: u64) -> bool {
         let pool = &self.pools[(self.bits == 32) as usize];
         let list = match (family, self.rng.below(100)) {
             (0 | 1, 0..=4) => &pool.branch,
@@ -138,7 +143,7 @@ impl<'a> Generator<'a> {
     }
 
     /// Gives branches their targets: mostly a little forward.
-    fn aim_branches(&mut self) {
+    pub(crate) fn aim_branches(&mut self) {
         let count = self.items.len();
         let entries: Vec<usize> = (0..count).filter(|&i| !self.items[i].glued).chain([count]).collect();
         for index in 0..count {

@@ -10,6 +10,10 @@ use iced_x86::{Decoder, DecoderOptions, Instruction};
 pub const CODE: u64 = 0x1000_0000;
 /// Bytes of the code area.
 pub const CODE_BYTES: usize = 0x4000;
+/// Code that may be written to, for programs that change themselves.
+pub const PATCH: u64 = 0x1800_0000;
+/// Bytes of it.
+pub const PATCH_BYTES: usize = 0x4000;
 /// Read-write data: pointers lead here.
 pub const DATA: u64 = 0x2000_0000;
 /// Bytes of the data area.
@@ -227,11 +231,13 @@ pub struct Outcome {
     pub state: State,
     /// Memory.
     pub memory: Memory,
+    /// The code at its end, where it could be changed.
+    pub code: Vec<u8>,
 }
 
 impl Default for Outcome {
     fn default() -> Self {
-        Self { end: End::Done, state: State::default(), memory: Memory::default() }
+        Self { end: End::Done, state: State::default(), memory: Memory::default(), code: Vec::new() }
     }
 }
 
@@ -256,6 +262,11 @@ impl Case {
     /// Address behind the last instruction.
     pub fn end(&self) -> u64 {
         self.state.rip + self.code.len() as u64
+    }
+
+    /// Whether it may change itself.
+    pub fn changes(&self) -> bool {
+        self.state.rip >= PATCH
     }
 
     /// The memory at the start.

@@ -23,6 +23,7 @@ pub mod rng;
 pub mod robust;
 pub mod select;
 pub mod sequence;
+pub mod shapes;
 pub mod shrink;
 pub mod subject;
 pub mod values;

@@ -27,7 +27,7 @@ struct Options {
 }
 
 fn parse(arguments: impl Iterator<Item = String>) -> Result<Options, String> {
-    let mut options = Options { instructions: 20_000_000, seed: 1, mismatches: 1, ..Options::default() };
+    let mut options = Options { instructions: 50_000_000, seed: 1, mismatches: 1, ..Options::default() };
     let mut arguments = arguments.peekable();
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or_else(|| format!("{argument} needs a value"));
@@ -109,10 +109,10 @@ fn fuzz(options: &Options) -> Result<bool, String> {
     let (totals, rows) = (&campaign.totals, catalogue.rows.len());
     println!("seed                     {:>12}", options.seed);
     println!(
-        "instructions compared    {:>12}  in {seconds:.1} s, stepping, by blocks and translated",
+        "instructions compared    {:>12}  in {seconds:.1} s, natively, stepping, by blocks and translated",
         totals.instructions
     );
-    println!("cases compared           {:>12}", totals.cases);
+    println!("cases compared           {:>12}  of which {} changed their own code", totals.cases, totals.changed);
     println!("cases not comparable     {:>12}", totals.skipped);
     println!("exceptions compared      {:>12}", campaign.coverage.faults());
     println!("mismatches               {mismatches:>12}");

@@ -309,6 +309,7 @@ impl Native {
         let page = map(READ_ONLY, READ_ONLY_BYTES, rw)?;
         let contents = read_only_page();
         let code = map_code()?;
+        map(PATCH, PATCH_BYTES, rw | libc::PROT_EXEC)?;
         // SAFETY: the page was just mapped (or is ours and gets its protection back).
         unsafe {
             libc::mprotect(page as *mut _, READ_ONLY_BYTES, rw);
@@ -357,6 +358,12 @@ impl Native {
         let c = unsafe { &*context() };
         outcome.state.fx.copy_from_slice(&c.fx[..fx::END]);
         outcome.state.ymm = c.ymm;
+        outcome.code.clear();
+        if case.changes() {
+            let size = case.image().len();
+            // SAFETY: where the case was placed.
+            outcome.code.extend_from_slice(unsafe { std::slice::from_raw_parts(case.state.rip as *const u8, size) });
+        }
         outcome.state.gpr = c.gpr;
         (outcome.state.rflags, outcome.state.fs, outcome.state.gs) = (c.rflags, c.fs, c.gs);
         (outcome.end, outcome.state.rip) = match c.signal as i32 {
@@ -370,14 +377,28 @@ impl Native {
     /// Puts the code in its place and INT3 where the code before it was.
     fn place(&mut self, case: &Case) {
         let image = case.image();
+        // SAFETY: within the writable view of the code area, where a case was placed before.
+        unsafe { std::ptr::write_bytes(self.code.add(self.placed.0), 0xcc, self.placed.1) };
+        if case.changes() {
+            self.placed = (0, 0);
+            return Self::place_changing(case, &image);
+        }
         let at = (case.state.rip - CODE) as usize;
         assert!(at + image.len() <= (STUBS - CODE) as usize, "the sequence does not fit the code area");
         // SAFETY: within the writable view of the code area, as just asserted.
-        unsafe {
-            std::ptr::write_bytes(self.code.add(self.placed.0), 0xcc, self.placed.1);
-            self.code.add(at).copy_from_nonoverlapping(image.as_ptr(), image.len());
-        }
+        unsafe { self.code.add(at).copy_from_nonoverlapping(image.as_ptr(), image.len()) };
         self.placed = (at, image.len());
+    }
+
+    /// The same where the sequence may write to its code.
+    fn place_changing(case: &Case, image: &[u8]) {
+        let at = (case.state.rip - PATCH) as usize;
+        assert!(at + image.len() <= PATCH_BYTES, "the sequence does not fit its area");
+        // SAFETY: within the area, which is writable.
+        unsafe {
+            std::ptr::write_bytes(PATCH as *mut u8, 0xcc, PATCH_BYTES);
+            (case.state.rip as *mut u8).copy_from_nonoverlapping(image.as_ptr(), image.len());
+        }
     }
 }
 

@@ -21,6 +21,8 @@ pub enum Field {
     Relative32,
     /// Absolute, 32 bits.
     Absolute32,
+    /// The same, this many bytes behind.
+    Address(u8),
 }
 
 /// One instruction.
@@ -104,6 +106,7 @@ fn fill(code: &mut [u8], field: Field, target: u64, end: u64) {
         Field::Relative8 => code[0] = i8::try_from(target.wrapping_sub(end) as i64).unwrap_or(0) as u8,
         Field::Relative32 => code[..4].copy_from_slice(&(target.wrapping_sub(end) as u32).to_le_bytes()),
         Field::Absolute32 => code[..4].copy_from_slice(&(target as u32).to_le_bytes()),
+        Field::Address(plus) => code[..4].copy_from_slice(&(target as u32 + plus as u32).to_le_bytes()),
     }
 }
 

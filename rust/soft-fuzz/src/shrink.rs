@@ -37,7 +37,8 @@ pub fn shrink(mut subject: Subject, mut fails: impl FnMut(&Case) -> bool) -> Sub
     for slot in (fx::ST..fx::END).step_by(16) {
         attempt(&mut subject, &mut fails, |s| s.state.fx[slot..slot + 16].fill(0));
     }
-    attempt(&mut subject, &mut fails, |s| s.state.rip = CODE + 0x100);
+    let area = if subject.state.rip >= PATCH { PATCH } else { CODE };
+    attempt(&mut subject, &mut fails, |s| s.state.rip = area + 0x100);
     subject
 }
 

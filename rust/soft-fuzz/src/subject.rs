@@ -6,7 +6,8 @@
 
 use crate::layout::*;
 use crate::native;
-use crate::select::is_safe;
+use crate::select::{is_safe, usable};
+use iced_x86::{Decoder, DecoderOptions};
 use ostler_soft::cpu::state::{cr0, cr4, efer, rflags, seg, DescriptorTable, Segment};
 use ostler_soft::cpu::testing::NoBoard;
 use ostler_soft::cpu::{attention, Cpu, Shared, Stop, R};
@@ -26,6 +27,9 @@ const PRESENT: u64 = 1;
 const WRITE: u64 = 2;
 const USER: u64 = 4;
 const NO_EXECUTE: u64 = 1 << 63;
+
+/// Of the jump at a case's end, in either mode.
+const EXIT_BYTES: usize = 7;
 
 /// The interpreter with its guest RAM.
 pub struct Subject {
@@ -81,10 +85,10 @@ impl Subject {
         Ok(subject)
     }
 
-    /// The same with the translator, which translates at once what is executed.
-    pub fn translating() -> Result<Self, String> {
+    /// The same with the translator, which translates what was executed `hot` times.
+    pub fn translating(hot: u32) -> Result<Self, String> {
         let mut subject = Self::new()?;
-        if !subject.cpu.use_translator(1) {
+        if !subject.cpu.use_translator(hot) {
             return Err("no memory for translated code".to_owned());
         }
         Ok(subject)
@@ -92,10 +96,12 @@ impl Subject {
 
     fn map_areas(&mut self) {
         self.map(CODE, CODE_BYTES, 0);
+        self.map(PATCH, PATCH_BYTES, WRITE);
         self.map(DATA, DATA_BYTES, WRITE | NO_EXECUTE);
         self.map(READ_ONLY, READ_ONLY_BYTES, NO_EXECUTE);
         self.map(STACK, STACK_BYTES, WRITE | NO_EXECUTE);
         self.store(CODE, &[0xcc; CODE_BYTES]);
+        self.store(PATCH, &[0xcc; PATCH_BYTES]);
         self.store(STUBS, &stubs());
         self.store(READ_ONLY, &read_only_page());
     }
@@ -188,14 +194,21 @@ impl Subject {
     pub fn place(&mut self, case: &Case) {
         let image = case.image();
         let (before, size) = self.placed;
-        self.store(before, &vec![0xcc; size]);
+        // A case that changes code may have changed any of its area.
+        let old = if before >= PATCH { (PATCH, PATCH_BYTES) } else { (before, size) };
+        self.store(old.0, &vec![0xcc; old.1]);
         self.store(case.state.rip, &image);
         self.placed = (case.state.rip, image.len());
+        self.announce(old.0, old.1);
+        self.announce(case.state.rip, image.len());
+    }
+
+    /// The host wrote code.
+    fn announce(&self, linear: u64, size: usize) {
         let ram = self.ram as usize;
-        let slot = self.slot.clone();
-        self.each_page(case.state.rip, image.len(), |host, range| {
+        self.each_page(linear, size, |host, range| {
             let gpa = (host as usize - ram) as u64;
-            note_store(slot.code_word(gpa), gpa, range.len() as u64);
+            note_store(self.slot.code_word(gpa), gpa, range.len() as u64);
         });
     }
 
@@ -235,6 +248,15 @@ impl Subject {
             // SAFETY: as above.
             unsafe { host.copy_to_nonoverlapping(stack[range.clone()].as_mut_ptr(), range.len()) }
         });
+        let code = &mut outcome.code;
+        code.clear();
+        if self.placed.0 >= PATCH {
+            code.resize(self.placed.1, 0);
+            self.each_page(self.placed.0, self.placed.1, |host, range| {
+                // SAFETY: as above.
+                unsafe { host.copy_to_nonoverlapping(code[range.clone()].as_mut_ptr(), range.len()) }
+            });
+        }
         let cpu = &self.cpu;
         outcome.state.gpr.copy_from_slice(&cpu.regs[..16]);
         outcome.state.rflags = cpu.rflags();
@@ -277,14 +299,24 @@ impl Subject {
         for _ in 0..STEP_LIMIT {
             let rip = self.cpu.rip;
             if rip == case.end() {
-                return End::Done;
+                let intact = self.bytes_at(rip)[..EXIT_BYTES] == case.image()[case.code.len()..][..EXIT_BYTES];
+                return if intact { End::Done } else { End::Unsafe };
             }
             let index = index_of.get(rip.wrapping_sub(case.state.rip) as usize).copied().unwrap_or(u32::MAX);
-            let in_code = rip.wrapping_sub(CODE) < CODE_BYTES as u64;
+            let in_patch = rip.wrapping_sub(PATCH) < PATCH_BYTES as u64;
+            let in_code = in_patch || rip.wrapping_sub(CODE) < CODE_BYTES as u64;
             if in_code && index == u32::MAX {
                 return End::Unsafe;
             }
+            let before = if in_patch { self.bytes_at(rip) } else { [0; 15] };
+            if in_patch && !self.may_run(&before, rip) {
+                return End::Unsafe;
+            }
             let result: R = self.cpu.step_raw();
+            // When a repeated instruction that overwrites itself finds out depends on the CPU.
+            if in_patch && self.bytes_at(rip) != before && is_repeated(&before) {
+                return End::Unsafe;
+            }
             if index != u32::MAX {
                 trace.steps.push((index, result.is_ok()));
             }
@@ -296,6 +328,21 @@ impl Subject {
             }
         }
         End::Limit
+    }
+
+    fn bytes_at(&self, linear: u64) -> [u8; 15] {
+        let mut bytes = [0u8; 15];
+        self.each_page(linear, bytes.len(), |host, range| {
+            // SAFETY: each_page() stays within guest RAM.
+            unsafe { host.copy_to_nonoverlapping(bytes[range.clone()].as_mut_ptr(), range.len()) }
+        });
+        bytes
+    }
+
+    /// Whether the host may execute what the code at `rip` has become.
+    fn may_run(&self, bytes: &[u8], rip: u64) -> bool {
+        let instruction = Decoder::with_ip(self.bits, bytes, rip, DecoderOptions::NONE).decode();
+        usable(instruction.code(), self.bits) && is_safe(instruction.mnemonic())
     }
 
     /// Runs a placed case by decoded blocks, as guests run.
@@ -328,6 +375,12 @@ fn host_xcr0() -> u64 {
 
 /// Attention bits that a watchdog raises on an interpreter that does not come back.
 pub const WATCHDOG: u32 = attention::KICK;
+
+/// Whether 64-bit code is a string instruction with a repeat prefix.
+fn is_repeated(bytes: &[u8]) -> bool {
+    let instruction = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode();
+    instruction.is_string_instruction() && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
+}
 
 /// Whether all of a case's instructions may run natively.
 pub fn is_safe_case(case: &Case) -> bool {
