@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from ostler.agent import requests, tree
+from ostler.agent import copy_in, copy_out, requests
 from ostler.agent.aio_link import AsyncLink, connect
 from ostler.agent.aio_process import AsyncProcess
 from ostler.agent.client import ANSWER_S, ATTEMPT_S, ENTROPY_BYTES, FIRST_PAUSE_S, LONGEST_PAUSE_S
@@ -150,12 +150,12 @@ class AsyncAgentClient:
         """Copy a file or a folder of the host's into the guest; as `AgentClient.put`."""
         path = Path(source)
         wish = {"path": requests.plain("path", target), "name": path.resolve().name}
-        return await self._put({**wish, **({"owner": owner} if owner else {})}, tree.frames(path))
+        return await self._put({**wish, **({"owner": owner} if owner else {})}, copy_in.frames(path))
 
     async def put_bytes(self, content: bytes, target: str, *, mode: int = 0o644, owner: str | None = None) -> Copied:
         """Write a file in the guest."""
         wish = {"path": requests.plain("path", target), **({"owner": owner} if owner else {})}
-        return await self._put(wish, tree.file_frames(content, mode))
+        return await self._put(wish, copy_in.file_frames(content, mode))
 
     async def _put(self, wish: dict[str, Any], frames: Iterator[bytes]) -> Copied:
         async with self._link() as connection:
@@ -178,20 +178,20 @@ class AsyncAgentClient:
             return requests.parse(Copied, event.value)
 
     async def get(
-        self, source: str, target: str | os.PathLike[str], *, limits: tree.Limits | None = None
+        self, source: str, target: str | os.PathLike[str], *, limits: copy_out.Limits | None = None
     ) -> Copied:  # fmt: skip
         """Copy a file or a folder of the guest's to the host; as `AgentClient.get`."""
         name = PurePosixPath(source).name
-        with tree.Unpacker(Path(target), name if name not in {"", ".."} else "root", limits) as unpacker:
+        with copy_out.Unpacker(Path(target), name if name not in {"", ".."} else "root", limits) as unpacker:
             return await self._get(source, unpacker)
 
     async def get_bytes(self, source: str, *, limit_bytes: int = CAPTURE_BYTES) -> bytes:
         """Return the content of a file of the guest's."""
-        collector = tree.Collector(source, limit_bytes)
+        collector = copy_out.Collector(source, limit_bytes)
         await self._get(source, collector)
         return bytes(collector.content)
 
-    async def _get(self, source: str, taker: tree.Taker) -> Copied:
+    async def _get(self, source: str, taker: copy_out.Taker) -> Copied:
         async with self._link() as connection:
             await connection.send(connection.conversation.request("get", {"path": requests.plain("path", source)}))
             while True:
@@ -269,7 +269,7 @@ class AsyncAgentClient:
         await self.close()
 
 
-def _take_all(taker: tree.Taker, events: Sequence[Event]) -> None:
+def _take_all(taker: copy_out.Taker, events: Sequence[Event]) -> None:
     for event in events:
         if isinstance(event, Entry):
             taker.entry(event.value)

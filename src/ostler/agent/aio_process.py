@@ -8,11 +8,11 @@ import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Self
 
-from ostler.agent import protocol
+from ostler.agent import wire
 from ostler.agent.aio_link import AsyncLink
 from ostler.agent.process import CAPTURE_BYTES, State
-from ostler.agent.protocol import STDERR, STDOUT
 from ostler.agent.requests import Argument
+from ostler.agent.wire import STDERR, STDOUT
 from ostler.errors import AgentError
 
 
@@ -85,7 +85,7 @@ class AsyncProcess:
     async def send_signal(self, number: int) -> None:
         """Signal the command's process group (on a terminal: the one in the foreground)."""
         if self.returncode is None:
-            await self._link.send(protocol.signal(number))
+            await self._link.send(wire.signal(number))
 
     async def terminate(self) -> None:
         """Send SIGTERM."""
@@ -98,7 +98,7 @@ class AsyncProcess:
     async def resize(self, rows: int, columns: int) -> None:
         """Tell the command's terminal its size."""
         if self.returncode is None:
-            await self._link.send(protocol.resize(rows, columns))
+            await self._link.send(wire.resize(rows, columns))
 
     async def communicate(self, data: bytes = b"", *, limit_bytes: int = CAPTURE_BYTES) -> tuple[bytes, bytes]:
         """Send `data`, collect everything, wait for the end. Raises AgentError beyond `limit_bytes` per stream."""

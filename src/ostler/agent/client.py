@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from ostler.agent import link, requests, tree
+from ostler.agent import copy_in, copy_out, link, requests
 from ostler.agent.link import Link, Opener
 from ostler.agent.process import CAPTURE_BYTES, Process
 from ostler.agent.protocol import Data, Entry, Failed, Hello, Phase, Reply
@@ -240,12 +240,12 @@ class AgentClient:
         path = Path(source)
         name = path.resolve().name
         wish = {"path": requests.plain("path", target), "name": name, **({"owner": owner} if owner else {})}
-        return self._put(wish, tree.frames(path))
+        return self._put(wish, copy_in.frames(path))
 
     def put_bytes(self, content: bytes, target: str, *, mode: int = 0o644, owner: str | None = None) -> Copied:
         """Write a file in the guest."""
         wish = {"path": requests.plain("path", target), **({"owner": owner} if owner else {})}
-        return self._put(wish, tree.file_frames(content, mode))
+        return self._put(wish, copy_in.file_frames(content, mode))
 
     def _put(self, wish: dict[str, Any], frames: Iterator[bytes]) -> Copied:
         with self._link() as connection:
@@ -268,7 +268,7 @@ class AgentClient:
             raise AgentLost(f"agent: the guest takes nothing for {self._timeout_s:g} s")
 
     def get(
-        self, source: str, target: str | os.PathLike[str], *, limits: tree.Limits | None = None
+        self, source: str, target: str | os.PathLike[str], *, limits: copy_out.Limits | None = None
     ) -> Copied:  # fmt: skip
         """Copy a file or a folder of the guest's to the host, into `target` where that is a folder.
 
@@ -278,17 +278,17 @@ class AgentClient:
         name = PurePosixPath(source).name
         if not name or name == "..":
             name = "root"
-        with self._link() as connection, tree.Unpacker(Path(target), name, limits) as unpacker:
+        with self._link() as connection, copy_out.Unpacker(Path(target), name, limits) as unpacker:
             return self._get(connection, source, unpacker)
 
     def get_bytes(self, source: str, *, limit_bytes: int = CAPTURE_BYTES) -> bytes:
         """Return the content of a file of the guest's."""
         with self._link() as connection:
-            collector = tree.Collector(source, limit_bytes)
+            collector = copy_out.Collector(source, limit_bytes)
             self._get(connection, source, collector)
             return bytes(collector.content)
 
-    def _get(self, connection: Link, source: str, taker: tree.Taker) -> Copied:
+    def _get(self, connection: Link, source: str, taker: copy_out.Taker) -> Copied:
         connection.send(connection.conversation.request("get", {"path": requests.plain("path", source)}))
         while True:
             deadline = time.monotonic() + self._timeout_s

@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
-from ostler.agent import protocol, requests
+from ostler.agent import requests, wire
 from ostler.agent.link import Link
-from ostler.agent.protocol import STDERR, STDOUT, Data, Event, Exited, Failed, Reply
+from ostler.agent.protocol import Data, Event, Exited, Failed, Reply
+from ostler.agent.wire import STDERR, STDOUT
 from ostler.errors import AgentError, AgentProtocolError, AgentUnavailable
 
 MIB = 1 << 20
@@ -117,7 +118,7 @@ class Process:
     def send_signal(self, number: int) -> None:
         """Signal the command's process group (on a terminal: the one in the foreground)."""
         if self.returncode is None:
-            self._link.send(protocol.signal(number))
+            self._link.send(wire.signal(number))
 
     def terminate(self) -> None:
         """Send SIGTERM."""
@@ -130,7 +131,7 @@ class Process:
     def resize(self, rows: int, columns: int) -> None:
         """Tell the command's terminal its size."""
         if self.returncode is None:
-            self._link.send(protocol.resize(rows, columns))
+            self._link.send(wire.resize(rows, columns))
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Wait for the end and return the status. Output that does not fit its window stalls the command: read it.

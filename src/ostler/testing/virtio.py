@@ -23,8 +23,9 @@ from ostler.abi.virtio.ring import (
     avail_bytes,
     used_bytes,
 )
+from ostler.devices.virtio.chain import QueueError
 from ostler.devices.virtio.device import VirtioDevice
-from ostler.devices.virtio.queue import QueueError, QueueLayout, Virtqueue
+from ostler.devices.virtio.queue import QueueLayout, Virtqueue
 from ostler.memory import GuestMemory
 
 RING_FEATURES = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ostler.agent.aio import AsyncAgentClient
-from ostler.agent.protocol import STDERR
 from ostler.agent.requests import Terminal
+from ostler.agent.wire import STDERR
 from ostler.errors import AgentError, AgentRefused, AgentUnavailable, CommandNotFound, CommandTimeout
 from tests.unit.agent.test_client import alive_with, wait_until_gone
 

@@ -14,7 +14,8 @@ import pytest
 from ostler.agent import AgentClient, Terminal
 from ostler.agent.link import Link
 from ostler.agent.process import Process
-from ostler.agent.protocol import VERSION, WINDOW_BYTES, Kind, encode, encode_json
+from ostler.agent.protocol import VERSION, WINDOW_BYTES
+from ostler.agent.wire import Kind, encode, encode_json
 from ostler.errors import (
     AgentError,
     AgentLost,

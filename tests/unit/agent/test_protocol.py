@@ -9,24 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ostler.agent import protocol
-from ostler.agent.protocol import (
-    MAX_PAYLOAD,
-    WINDOW_BYTES,
-    Conversation,
-    Data,
-    Decoder,
-    Entry,
-    Exited,
-    Failed,
-    Hello,
-    Kind,
-    Phase,
-    Reply,
-    Room,
-    encode,
-    encode_json,
-)
+from ostler.agent import wire
+from ostler.agent.protocol import WINDOW_BYTES, Conversation, Data, Entry, Exited, Failed, Hello, Phase, Reply, Room
+from ostler.agent.wire import MAX_PAYLOAD, Decoder, Kind, encode, encode_json
 from ostler.errors import AgentProtocolError, CommandNotFound
 
 HELLO = encode_json(Kind.HELLO, {"protocol": "ostler-agent", "version": 1, "agent": "9.9", "features": ["exec"]})
@@ -86,7 +71,7 @@ def test_names_that_are_no_utf8_go_as_their_bytes() -> None:
     frame = greeted().request("exec", {"argv": ["caf\udce9", "é"]})
 
     assert b'"caf\xe9","\xc3\xa9"' in frame
-    assert protocol.decode_json(frame[8:])["argv"] == ["caf\udce9", "é"]
+    assert wire.decode_json(frame[8:])["argv"] == ["caf\udce9", "é"]
 
 
 def test_refusal_becomes_the_exception_of_its_code() -> None:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from ostler.abi.virtio import balloon as abi
 from ostler.abi.virtio.common import DeviceId
 from ostler.devices.state import Saved, load, save, uint
+from ostler.devices.virtio.chain import Chain, QueueError
 from ostler.devices.virtio.device import VirtioDevice, read_field
-from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
+from ostler.devices.virtio.queue import Virtqueue
 from ostler.memory import GuestMemory
 
 QUEUE_SIZE = 128

@@ -22,8 +22,9 @@ from typing import Protocol
 from ostler.abi.virtio import blk as abi
 from ostler.abi.virtio.common import DeviceId
 from ostler.devices.state import Saved, load, save, uint
+from ostler.devices.virtio.chain import Chain, QueueError
 from ostler.devices.virtio.device import VirtioDevice, read_field
-from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
+from ostler.devices.virtio.queue import Virtqueue
 
 QUEUE_SIZE = 512
 # Header and status go into every chain; the rest may be data.

@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ostler.devices.state import Saved, blob, load, save, uint
+from ostler.devices.virtio.chain import QueueError
 from ostler.devices.virtio.console_port import Port
 from ostler.devices.virtio.device import VirtioDevice, read_field
-from ostler.devices.virtio.queue import QueueError, Virtqueue
+from ostler.devices.virtio.queue import Virtqueue
 from ostler.errors import StateError
 
 DEVICE_TYPE = 3

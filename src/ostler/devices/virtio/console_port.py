@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
+from ostler.devices.virtio.chain import Chain, QueueError
+from ostler.devices.virtio.queue import Virtqueue
 
 # Chains served in one go; then the event loop gets a turn.
 BUDGET = 256

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from ostler.devices.state import Saved
-from ostler.devices.virtio.queue import QueueError, Virtqueue
+from ostler.devices.virtio.chain import QueueError
+from ostler.devices.virtio.queue import Virtqueue
 from ostler.errors import StateError
 
 

@@ -11,8 +11,9 @@ from typing import Protocol
 
 from ostler.abi.virtio import blk
 from ostler.abi.virtio.common import DeviceId
+from ostler.devices.virtio.chain import Chain, QueueError
 from ostler.devices.virtio.device import VirtioDevice, read_field
-from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
+from ostler.devices.virtio.queue import Virtqueue
 from ostler.errors import HostError
 from ostler.memory import GuestMemory
 

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 from ostler.devices.state import Saved, blob, load, save, uint
 from ostler.devices.virtio import net_header as net
+from ostler.devices.virtio.chain import Chain, QueueError
 from ostler.devices.virtio.device import VirtioDevice, read_field
 from ostler.devices.virtio.net_backend import NetBackend
 from ostler.devices.virtio.net_header import HEADER, HEADER_BYTES
 from ostler.devices.virtio.net_receive import Receiver
-from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
+from ostler.devices.virtio.queue import Virtqueue
 from ostler.devices.virtio.rate_limit import RateLimit
 from ostler.errors import StateError
 

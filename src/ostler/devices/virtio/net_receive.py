@@ -6,8 +6,9 @@ A frame goes into one buffer, or with VIRTIO_NET_F_MRG_RXBUF over as many as it 
 from __future__ import annotations
 
 from ostler.devices.virtio import net_header as net
+from ostler.devices.virtio.chain import Chain
 from ostler.devices.virtio.net_header import HEADER_BYTES
-from ostler.devices.virtio.queue import Chain, Virtqueue
+from ostler.devices.virtio.queue import Virtqueue
 
 
 class Receiver:

@@ -29,11 +29,11 @@ from ostler.abi.virtio.ring import (
     VRING_DESC_ALIGN_SIZE,
     VRING_DESC_F_INDIRECT,
     VRING_DESC_F_NEXT,
-    VRING_DESC_F_WRITE,
     VRING_USED_ALIGN_SIZE,
     avail_bytes,
     used_bytes,
 )
+from ostler.devices.virtio.chain import Chain, QueueError, Ranges
 from ostler.memory import GuestMemory, MemoryFault
 
 # As many parts as preadv(2) takes. A longer chain would be a way to make the host work for one kick.
@@ -42,10 +42,6 @@ MAX_CHAIN_PARTS = 1024
 MAX_CHAIN_BYTES = 1 << 32
 
 _barrier = threading.Lock()
-
-
-class QueueError(Exception):
-    """The driver broke the rules of the ring; the device needs a reset. Never leaves the transport."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,81 +54,6 @@ class QueueLayout:
     device: int
     next_avail: int = 0
     next_used: int = 0
-
-
-class Chain:
-    """One descriptor chain: checked, bounded, as views of guest memory."""
-
-    __slots__ = ("head", "parts", "readable", "readable_bytes", "writable", "writable_bytes")
-
-    def __init__(self, head: int) -> None:
-        self.head = head
-        self.readable: list[memoryview] = []
-        """Driver to device."""
-        self.writable: list[memoryview] = []
-        """Device to driver."""
-        self.readable_bytes = 0
-        self.writable_bytes = 0
-        self.parts: list[tuple[int, int]] = []
-        """Guest-physical address and size of each part, readable ones first."""
-
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """Guest-physical address and size of each writable part."""
-        return self.parts[len(self.readable) :]
-
-    def read(self, limit: int | None = None) -> bytes:
-        """A copy of the readable part, of its first `limit` bytes if given."""
-        if limit is None or limit >= self.readable_bytes:
-            return b"".join(self.readable)
-        parts, left = [], limit
-        for view in self.readable:
-            parts.append(view[:left])
-            left -= len(parts[-1])
-            if not left:
-                break
-        return b"".join(parts)
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Fill the writable part from its start; returns how many bytes had room."""
-        view, at = memoryview(data), 0
-        for part in self.writable:
-            piece = view[at : at + len(part)]
-            part[: len(piece)] = piece
-            at += len(piece)
-            if at == len(view):
-                break
-        return at
-
-
-class _Ranges:
-    """Guest addresses of a chain while its descriptors are read; neighbours are joined."""
-
-    __slots__ = ("head", "readable", "taken", "writable")
-
-    def __init__(self, head: int) -> None:
-        self.head = head
-        self.readable: list[tuple[int, int]] = []
-        self.writable: list[tuple[int, int]] = []
-        self.taken = 0
-
-    def take(self, gpa: int, length: int, flags: int) -> None:
-        """One descriptor's part. Raises QueueError."""
-        self.taken += 1
-        if not length:
-            raise QueueError(f"chain at {self.head}: a part of no bytes")
-        if flags & VRING_DESC_F_WRITE:
-            ranges = self.writable
-        elif self.writable:
-            raise QueueError(f"chain at {self.head}: a readable part behind a writable one")
-        else:
-            ranges = self.readable
-        if ranges:
-            start, size = ranges[-1]
-            if start + size == gpa:
-                ranges[-1] = (start, size + length)
-                return
-        ranges.append((gpa, length))
 
 
 class Virtqueue:
@@ -300,11 +221,11 @@ class Virtqueue:
 
     def _walk(self, head: int) -> Chain:
         """Turn descriptors into a chain. Raises QueueError."""
-        ranges = _Ranges(head)
+        ranges = Ranges(head)
         self._follow(ranges, self._table, self.size, head, min(self.size, MAX_CHAIN_PARTS))
         return self._chain(head, ranges)
 
-    def _follow(self, ranges: _Ranges, table: memoryview, entries: int, index: int, left: int) -> None:
+    def _follow(self, ranges: Ranges, table: memoryview, entries: int, index: int, left: int) -> None:
         """Take the descriptors of a table of `entries` from `index` on, `left` of them at most."""
         while left:
             left -= 1
@@ -322,7 +243,7 @@ class Virtqueue:
             index = following
         raise QueueError(f"chain at {ranges.head} loops or has more than {MAX_CHAIN_PARTS} parts")
 
-    def _read_through(self, ranges: _Ranges, table: memoryview) -> None:
+    def _read_through(self, ranges: Ranges, table: memoryview) -> None:
         """Take an indirect table. Drivers fill one from its start on, and so it is read, as long as that is true."""
         entries, left = len(table) >> 4, MAX_CHAIN_PARTS - ranges.taken
         for number, (gpa, length, flags, following) in enumerate(DESCRIPTOR.iter_unpack(table), start=1):
@@ -349,7 +270,7 @@ class Virtqueue:
             raise QueueError(f"indirect table of {length} bytes: expected at most {MAX_CHAIN_PARTS} entries")
         return self._area("indirect table", gpa, length, 1)
 
-    def _chain(self, head: int, ranges: _Ranges) -> Chain:
+    def _chain(self, head: int, ranges: Ranges) -> Chain:
         """Views of what was taken."""
         chain, view = Chain(head), self.memory.view
         try:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ostler.abi.virtio.common import DeviceId
+from ostler.devices.virtio.chain import QueueError
 from ostler.devices.virtio.device import VirtioDevice
-from ostler.devices.virtio.queue import QueueError, Virtqueue
+from ostler.devices.virtio.queue import Virtqueue
 
 QUEUE_SIZE = 64
 MAX_REQUEST_BYTES = 64 << 10

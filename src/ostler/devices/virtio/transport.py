@@ -21,8 +21,9 @@ from ostler.abi.virtio.common import (
     Status,
 )
 from ostler.devices.state import Saved, blob, load, save, uint
+from ostler.devices.virtio.chain import QueueError
 from ostler.devices.virtio.device import VirtioDevice
-from ostler.devices.virtio.queue import QueueError, QueueLayout, Virtqueue
+from ostler.devices.virtio.queue import QueueLayout, Virtqueue
 from ostler.errors import StateError
 from ostler.memory import GuestMemory
 

@@ -23,8 +23,9 @@ from functools import partial
 from typing import Protocol
 
 from ostler.devices.state import Saved, load, save, uint
+from ostler.devices.virtio.chain import Chain, QueueError
 from ostler.devices.virtio.device import VirtioDevice
-from ostler.devices.virtio.queue import Chain, QueueError, Virtqueue
+from ostler.devices.virtio.queue import Virtqueue
 from ostler.devices.virtio.vsock_connection import BUFFER_BYTES, CREDIT_STEP_BYTES, Connection, Stage, Stream
 from ostler.devices.virtio.vsock_outbox import Outbox
 from ostler.devices.virtio.vsock_packet import (

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from ostler.devices.virtio.queue import Chain, Virtqueue
+from ostler.devices.virtio.chain import Chain
+from ostler.devices.virtio.queue import Virtqueue
 from ostler.devices.virtio.vsock_connection import BUFFER_BYTES, Connection
 from ostler.devices.virtio.vsock_packet import (
     HEADER_BYTES,

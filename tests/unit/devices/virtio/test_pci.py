@@ -14,9 +14,10 @@ from ostler.abi.virtio.common import VIRTIO_F_VERSION_1, Status
 from ostler.config import parse_guest
 from ostler.devices.pci.config import COMMAND, Command
 from ostler.devices.state import Saved
+from ostler.devices.virtio.chain import QueueError
 from ostler.devices.virtio.device import VirtioDevice
 from ostler.devices.virtio.pci import NOTIFY
-from ostler.devices.virtio.queue import QueueError, Virtqueue
+from ostler.devices.virtio.queue import Virtqueue
 from ostler.devices.virtio.transport import RING_FEATURES
 from ostler.errors import BadRequest, StateError
 from ostler.machine.board import Wiring

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ostler.abi.virtio.ring import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
-from ostler.devices.virtio.queue import MAX_CHAIN_PARTS, Chain, QueueError, QueueLayout, Virtqueue
+from ostler.devices.virtio.chain import Chain, QueueError
+from ostler.devices.virtio.queue import MAX_CHAIN_PARTS, QueueLayout, Virtqueue
 from ostler.memory import GuestMemory
 from ostler.testing.virtio import Arena, DriverQueue
 

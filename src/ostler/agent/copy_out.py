@@ -1,4 +1,4 @@
-"""Files and trees between host and guest: what goes over the wire for a copy, and what comes out of it.
+"""Files and trees of a guest's on their way to the host.
 
 Copies out of a guest are hostile input. `Unpacker` never leaves the folder it was given: it reaches each parent by
 descriptors that follow no link, creates nothing but files, folders and links, drops set-user-id bits and owners, and
@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ostler.agent import protocol
 from ostler.errors import AgentError, AgentProtocolError, BadRequest, HostError
 
 GIB = 1 << 30
@@ -32,48 +29,6 @@ class Limits:
 
     entries: int = 1_000_000
     bytes: int = 64 * GIB
-
-
-def frames(source: Path) -> Iterator[bytes]:
-    """Yield the frames of a copy into the guest, each at most a little above 64 KiB.
-
-    The source itself is followed where it is a link; links below it are copied as links. Sockets, pipes and devices
-    are left out.
-
-    Raises:
-        BadRequest: there is no such source, or it cannot be read.
-    """
-    try:
-        yield from _walk(source, "", source.stat())
-    except OSError as error:
-        raise BadRequest(f"{error.filename or source}: {error.strerror}") from error
-    yield protocol.end()
-
-
-def _walk(path: Path, relative: str, found: os.stat_result) -> Iterator[bytes]:
-    head = {"path": relative, "mode": stat.S_IMODE(found.st_mode), "mtime_ns": found.st_mtime_ns}
-    if stat.S_ISDIR(found.st_mode):
-        yield protocol.entry({**head, "type": "folder"})
-        for below in sorted(path.iterdir()):
-            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
-                yield from _walk(below, f"{relative}/{below.name}".lstrip("/"), below.lstat())
-    elif stat.S_ISLNK(found.st_mode):
-        yield protocol.entry({**head, "type": "link", "target": str(path.readlink())})
-    elif stat.S_ISREG(found.st_mode):
-        with path.open("rb", buffering=0) as file:
-            yield protocol.entry({**head, "type": "file"})
-            while chunk := file.read(protocol.MAX_PAYLOAD):
-                yield protocol.content(chunk)
-        yield protocol.content(b"")
-
-
-def file_frames(content: bytes, mode: int) -> Iterator[bytes]:
-    """Yield the frames that write one file."""
-    yield protocol.entry({"path": "", "type": "file", "mode": mode, "mtime_ns": time.time_ns()})
-    for at in range(0, len(content), protocol.MAX_PAYLOAD):
-        yield protocol.content(content[at : at + protocol.MAX_PAYLOAD])
-    yield protocol.content(b"")
-    yield protocol.end()
 
 
 class Taker(Protocol):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ostler.agent import AgentClient
-from ostler.agent.tree import Limits, Unpacker
+from ostler.agent.copy_out import Limits, Unpacker
 from ostler.errors import AgentError, AgentProtocolError, AgentRefused, BadRequest, HostError, OstlerError
 
 FILE = {"path": "", "type": "file", "mode": 0o644, "mtime_ns": 1}
