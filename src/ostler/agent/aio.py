@@ -19,12 +19,11 @@ from ostler.agent import copy_in, copy_out, requests
 from ostler.agent.aio_link import AsyncLink, connect
 from ostler.agent.aio_process import AsyncProcess
 from ostler.agent.client import ANSWER_S, ATTEMPT_S, ENTROPY_BYTES, FIRST_PAUSE_S, LONGEST_PAUSE_S
+from ostler.agent.connections import NOT_THERE_YET
 from ostler.agent.process import CAPTURE_BYTES, pid_of
 from ostler.agent.protocol import VSOCK_PORT, Data, Entry, Event, Failed, Hello, Reply
 from ostler.agent.requests import Argument, Completed, Copied, Grown, Info, Terminal
 from ostler.errors import AgentLost, AgentProtocolError, AgentUnavailable, BadRequest
-
-_NOT_THERE_YET = (FileNotFoundError, ConnectionError, TimeoutError, BlockingIOError)
 
 
 class AsyncAgentClient:
@@ -64,7 +63,7 @@ class AsyncAgentClient:
             left_s = deadline - time.monotonic()
             try:
                 found = await self._open(min(max(left_s, 0.1), ATTEMPT_S))
-            except (*_NOT_THERE_YET, AgentLost, AgentUnavailable) as error:
+            except (*NOT_THERE_YET, AgentLost, AgentUnavailable) as error:
                 if alive is not None and not alive():
                     raise AgentUnavailable("agent: the guest ended before its agent answered") from error
                 if time.monotonic() + pause_s >= deadline:
@@ -89,7 +88,7 @@ class AsyncAgentClient:
     async def _reach(self) -> AsyncLink:
         try:
             return await self._open(self._timeout_s)
-        except _NOT_THERE_YET as error:
+        except NOT_THERE_YET as error:
             raise AgentLost(f"agent: not reachable any more ({error})") from error
 
     @contextlib.asynccontextmanager

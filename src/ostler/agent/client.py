@@ -11,16 +11,16 @@ import contextlib
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from ostler.agent import copy_in, copy_out, link, requests
+from ostler.agent.connections import NOT_THERE_YET, Connections
 from ostler.agent.link import Link, Opener
 from ostler.agent.process import CAPTURE_BYTES, Process
-from ostler.agent.protocol import Data, Entry, Failed, Hello, Phase, Reply
+from ostler.agent.protocol import Data, Entry, Failed, Hello, Reply
 from ostler.agent.requests import Argument, Completed, Copied, Grown, Info, Terminal
 from ostler.errors import AgentError, AgentLost, AgentUnavailable, BadRequest, CommandTimeout
 
@@ -29,24 +29,22 @@ ANSWER_S = 60.0
 ATTEMPT_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.1
 ENTROPY_BYTES = 64
-IDLE_CONNECTIONS = 2
-"""So many are kept for the next operation; a new one costs the guest a process."""
 UNSENT_BYTES = 1 << 20
-
-_NOT_THERE_YET = (FileNotFoundError, ConnectionError, TimeoutError, BlockingIOError)
 
 
 class AgentClient:
     """A guest's agent; a context manager."""
 
     def __init__(self, opener: Opener, *, answer_timeout_s: float = ANSWER_S) -> None:
-        self._opener = opener
         self._timeout_s = answer_timeout_s
-        self._only: Link | None = None
-        self._idle: list[Link] = []
-        self._lock = threading.Lock()
+        self._connections = Connections(opener, answer_timeout_s)
+        self._link = self._connections.link
         self._freezing: Link | None = None
-        self.hello: Hello | None = None
+
+    @property
+    def hello(self) -> Hello | None:
+        """What the agent said of itself last."""
+        return self._connections.hello
 
     @classmethod
     def connect(
@@ -84,7 +82,7 @@ class AgentClient:
             try:
                 sock = link.unix(Path(path))(left_s)
                 return cls.over(sock, timeout_s=min(left_s, ATTEMPT_S))
-            except (*_NOT_THERE_YET, AgentLost, AgentUnavailable) as error:
+            except (*NOT_THERE_YET, AgentLost, AgentUnavailable) as error:
                 # What is said before the guest has opened its port is lost, so it is said again.
                 if sock is not None:
                     sock.close()
@@ -100,8 +98,7 @@ class AgentClient:
             raise ConnectionRefusedError("there is one stream only")
 
         client = cls(none)
-        client._only = Link(sock)
-        client.hello = client._only.greet(timeout_s)
+        client._connections.use_only(Link(sock), timeout_s)
         return client
 
     def wait(self, timeout_s: float, *, alive: Callable[[], bool] | None = None) -> Hello:
@@ -111,66 +108,17 @@ class AgentClient:
         while True:
             left_s = deadline - time.monotonic()
             try:
-                found = self._open(min(max(left_s, 0.1), ATTEMPT_S))
-                self._release(found)
+                found = self._connections.open(min(max(left_s, 0.1), ATTEMPT_S))
+                self._connections.release(found)
                 assert found.hello is not None
                 return found.hello
-            except (*_NOT_THERE_YET, AgentLost, AgentUnavailable) as error:
+            except (*NOT_THERE_YET, AgentLost, AgentUnavailable) as error:
                 if alive is not None and not alive():
                     raise AgentUnavailable("agent: the guest ended before its agent answered") from error
                 if time.monotonic() + pause_s >= deadline:
                     raise AgentUnavailable(f"agent: no answer from the guest within {timeout_s:g} s") from error
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
-
-    def _open(self, timeout_s: float) -> Link:
-        found = Link(self._opener(timeout_s))
-        try:
-            self.hello = found.greet(timeout_s)
-        except BaseException:
-            found.close()
-            raise
-        return found
-
-    @contextlib.contextmanager
-    def _link(self) -> Iterator[Link]:
-        """One connection for one operation."""
-        if self._only is not None:
-            yield self._only
-            return
-        found = self._reach()
-        try:
-            yield found
-        finally:
-            self._release(found)
-
-    def _release(self, used: Link) -> None:
-        """Keep a connection for the next operation, or close it."""
-        if used is self._only:
-            if used.conversation.phase is not Phase.IDLE:
-                used.close()  # there is no other way to stop what is under way
-            return
-        with self._lock:
-            if len(self._idle) < IDLE_CONNECTIONS and used.is_reusable():
-                self._idle.append(used)
-                return
-        used.close()
-
-    def _reach(self) -> Link:
-        if self._only is not None:
-            return self._only
-        while True:
-            with self._lock:
-                found = self._idle.pop() if self._idle else None
-            if found is None:
-                break
-            if found.is_reusable():  # a guest that was reset or restored meanwhile has hung up
-                return found
-            found.close()
-        try:
-            return self._open(self._timeout_s)
-        except _NOT_THERE_YET as error:
-            raise AgentLost(f"agent: not reachable any more ({error})") from error
 
     def _call(self, operation: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
         with self._link() as connection:
@@ -195,12 +143,12 @@ class AgentClient:
             AgentRefused: no such user or folder.
         """
         wish = requests.command(argv, stdin=True, env=env, cwd=cwd, user=user, tty=tty, timeout_s=timeout_s)
-        connection = self._reach()
+        connection = self._connections.reach()
         try:
             connection.send(connection.conversation.request("exec", wish))
-            return Process(connection, argv, start_timeout_s=self._timeout_s, release=self._release)
+            return Process(connection, argv, start_timeout_s=self._timeout_s, release=self._connections.release)
         except BaseException:
-            self._release(connection)
+            self._connections.release(connection)
             raise
 
     def run(
@@ -343,11 +291,11 @@ class AgentClient:
         """Freeze the guest's file systems until `thaw`, or until `limit_s` or this client's end."""
         if self._freezing is not None:
             raise BadRequest("freeze: the guest is frozen already")
-        connection = self._reach()
+        connection = self._connections.reach()
         try:
             connection.call("freeze", {"limit_ms": round(limit_s * 1000)}, self._timeout_s)
         except BaseException:
-            if connection is not self._only:
+            if connection is not self._connections.only:
                 connection.close()
             raise
         self._freezing = connection
@@ -355,7 +303,7 @@ class AgentClient:
     def thaw(self) -> None:
         """Let them go on. Without a freeze by this client, whatever is frozen."""
         connection, self._freezing = self._freezing, None
-        if connection is None or connection is self._only:
+        if connection is None or connection is self._connections.only:
             self._call("thaw")
             return
         with contextlib.closing(connection), contextlib.suppress(AgentLost):
@@ -372,12 +320,10 @@ class AgentClient:
 
     def close(self) -> None:
         """Let go of every connection; a freeze ends, commands that were started keep theirs."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for held in (self._freezing, self._only, *idle):
-            if held is not None:
-                held.close()
-        self._freezing = self._only = None
+        freezing, self._freezing = self._freezing, None
+        if freezing is not None:
+            freezing.close()
+        self._connections.close()
 
     def __enter__(self) -> Self:
         return self

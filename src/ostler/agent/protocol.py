@@ -8,7 +8,8 @@ Two laws hold it together:
    room the host announced ends the conversation with AgentProtocolError; nothing the guest sends is kept beyond the
    windows below and one frame.
 
-Left out on purpose: frames as bytes (wire.py), sockets, waiting and time (client.py, aio.py), files (copy_in.py, copy_out.py).
+Left out on purpose: frames as bytes (wire.py); sockets, waiting and time (client.py, aio.py); files (copy_in.py,
+copy_out.py).
 """
 
 from __future__ import annotations
