@@ -61,6 +61,8 @@ class Receiver:
         self._listener.settimeout(PREAMBLE_TIMEOUT_S)
         self.address = address if address.path else Address(address.host, self._listener.getsockname()[1])
         self._arriving: dict[bytes, _Arriving] = {}
+        # VM processes that say no more: they are collected when they end.
+        self._started: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
         self._stopping = False
         self._done = False
@@ -73,6 +75,7 @@ class Receiver:
                 for arriving in [*self._arriving.values()]:
                     if arriving.control not in selector.get_map():
                         selector.register(arriving.control, selectors.EVENT_READ, arriving)
+                self._started = [each for each in self._started if each.poll() is None]
                 for key, _ in selector.select(SLICE_S):
                     if key.fileobj is self._listener:
                         self._accept()
@@ -143,8 +146,7 @@ class Receiver:
         arriving.control.close()
         with self._lock:
             self._arriving = {key: each for key, each in self._arriving.items() if each is not arriving}
-        # One that runs a guest goes on by itself; what has ended is collected.
-        arriving.process.poll()
+        self._started.append(arriving.process)
 
     def close(self) -> None:
         self._listener.close()
@@ -153,10 +155,13 @@ class Receiver:
                 Path(self.address.path).unlink()
         for arriving in self._arriving.values():
             arriving.control.close()
-            # It outlives this process on purpose.
-            if arriving.process.poll() is None:
-                arriving.process.returncode = 0
+            self._started.append(arriving.process)
         self._arriving.clear()
+        for process in self._started:
+            # It outlives this process on purpose.
+            if process.poll() is None:
+                process.returncode = 0
+        self._started.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -27,7 +27,7 @@ from ostler.client.events import Events
 from ostler.config import parse_request, parse_size
 from ostler.config.request import read_request
 from ostler.control.connection import Connection
-from ostler.errors import AgentError, BadRequest, CommandFailed
+from ostler.errors import AgentError, BadRequest, CommandFailed, OstlerError
 from ostler.images.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -284,6 +284,23 @@ class VM:
         """
         return Events(self._running().entry, timeout_s=timeout_s)
 
+    def migrate(self, address: str, **wish: Any) -> dict[str, Any]:
+        """Move the running guest to where `ostler receive` listens; it is not this object's any more then.
+
+            vm.migrate("tcp://other:7777", tls=TlsFiles(cert, key, ca), bytes_per_s=200e6)
+
+        `wish` has any field of `ostler.client.moving.Wish`. What is returned says how long it took (`elapsed_s`), how
+        long the guest stood still (`pause_s`), and what was sent. An interrupt calls it off.
+
+        Raises MigrationError and its kin: the guest runs on here, unless the message says otherwise.
+        """
+        from ostler.client import moving
+
+        guest = self._running()
+        facts = moving.migrate(guest.entry, moving.Wish(address=address, **wish))
+        self.close()
+        return facts
+
     # ---------------------------------------------------------------------------------------
 
     def _running(self) -> RunningGuest:
@@ -370,6 +387,20 @@ class AsyncVM:
     async def fork(self, count: int = 1, *, names: Sequence[str] | None = None) -> list[AsyncVM]:
         """As `VM.fork`."""
         return [AsyncVM(child) for child in await _in_thread(self.vm.fork, count, names=names)]
+
+    async def migrate(self, address: str, **wish: Any) -> dict[str, Any]:
+        """As `VM.migrate`; a task that is cancelled calls it off."""
+        from ostler.client import moving
+
+        moved = asyncio.create_task(_in_thread(self.vm.migrate, address, **wish))
+        try:
+            return await asyncio.shield(moved)
+        except asyncio.CancelledError:
+            with contextlib.suppress(OstlerError):
+                await _in_thread(moving.cancel, self.vm._running().entry)
+            with contextlib.suppress(OstlerError):
+                await moved
+            raise
 
     async def set_memory(self, size: str | int) -> None:
         await _in_thread(self.vm.set_memory, size)
