@@ -169,6 +169,16 @@ macro_rules! by_kind {
     };
 }
 
+const SF: u16 = 0x8000;
+const AF_PF: u16 = 0x1400;
+
+/// Flags of a result; AF and PF, which the manual leaves undefined, as Intel's CPUs have them. Translated code has
+/// the host's.
+fn flags_of<T: AluInt>(r: T, flags: &mut u16) {
+    Test::run(r, r, flags);
+    *flags &= !AF_PF;
+}
+
 /// Register offset of the third operand into `imm`.
 fn third(b: &mut Binder) -> Option<()> {
     if b.kind(2) == Kind::Reg {
@@ -182,6 +192,7 @@ unsafe fn andn<T: AluInt, const MEM: bool>(cpu: &mut Cpu, op: &Op) -> R {
     let b = rm::<T, MEM>(cpu, op, op.imm as u8)?;
     let a = T::from_u64(!cpu.reg::<T>(op.src).to_u64());
     let r = And::run(a, b, &mut cpu.flags);
+    cpu.flags &= !AF_PF;
     cpu.set_reg(op.dst, r);
     Ok(())
 }
@@ -196,7 +207,7 @@ unsafe fn bls<T: AluInt, const MEM: bool, const KIND: u8>(cpu: &mut Cpu, op: &Op
         _ => (v & v.wrapping_sub(1), v == 0),
     };
     let r = T::from_u64(r);
-    Test::run(r, r, &mut cpu.flags);
+    flags_of(r, &mut cpu.flags);
     cpu.flags = cpu.flags & !CF | (cf as u16) << 8;
     if KIND == 1 {
         cpu.flags &= !ZF;
@@ -212,7 +223,9 @@ unsafe fn bextr<T: AluInt, const MEM: bool>(cpu: &mut Cpu, op: &Op) -> R {
     let (start, length) = (control as u32 & 0xff, control as u32 >> 8 & 0xff);
     let shifted = if start < T::BITS { value >> start } else { 0 };
     let r = T::from_u64(if length < 64 { shifted & ((1 << length) - 1) } else { shifted });
-    Test::run(r, r, &mut cpu.flags);
+    flags_of(r, &mut cpu.flags);
+    // Undefined, too.
+    cpu.flags &= !SF;
     cpu.set_reg(op.dst, r);
     Ok(())
 }
@@ -222,7 +235,7 @@ unsafe fn bzhi<T: AluInt, const MEM: bool>(cpu: &mut Cpu, op: &Op) -> R {
     let value = rm::<T, MEM>(cpu, op, op.src)?.to_u64();
     let index = cpu.reg::<T>(op.imm as u8).to_u64() as u32 & 0xff;
     let r = T::from_u64(if index < T::BITS { value & ((1u64 << index) - 1) } else { value });
-    Test::run(r, r, &mut cpu.flags);
+    flags_of(r, &mut cpu.flags);
     if index >= T::BITS {
         cpu.flags |= CF;
     }
