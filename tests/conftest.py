@@ -14,3 +14,5 @@ settings.load_profile("ostler")
 
 # Nothing that a test started is to be there after it; tests of the pool itself have one of their own.
 os.environ.setdefault("OSTLER_POOL", "off")
+# What tests say of a boot they say of a boot.
+os.environ.setdefault("OSTLER_COLD", "1")

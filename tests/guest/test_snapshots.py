@@ -119,3 +119,23 @@ def test_guest_with_a_disk_of_its_own_is_copied_but_not_forked(tmp_path: Path) -
             assert again.run(["head", "-c", "5", "/dev/vdb"]).text == "first"
     assert disk.read_bytes()[:5] == b"later"
     store.remove("own")
+
+
+def test_second_run_begins_booted_and_is_nobody_elses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OSTLER_COLD")
+    monkeypatch.setattr("ostler.client.warm.root", lambda: tmp_path)
+
+    def boot(name: str) -> tuple[str, str]:
+        with ostler.VM("debian", accel="soft", nets=[], name=name) as vm:
+            found = vm.run(["sh", "-c", "hostname; test -e /root/mark; echo $?; echo x > /root/mark"]).text
+            return found, vm.run(["cat", "/proc/sys/kernel/random/uuid"]).text
+
+    first, second, third = boot("first"), boot("second"), boot("third")
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "manifest.json").exists()
+    assert [each[0] for each in (first, second, third)] == ["first\n1\n", "second\n1\n", "third\n1\n"]
+    assert len({each[1] for each in (first, second, third)}) == 3
+    # What is damaged is not believed: the guest boots, and leaves another.
+    (folder / "state").write_bytes(b"damaged")
+    assert boot("fourth")[0] == "fourth\n1\n"
+    assert (folder / "state").read_bytes() != b"damaged"

@@ -40,6 +40,8 @@ struct Interface {
     name: Option<String>,
     #[serde(default)]
     mac: Option<String>,
+    /// The address it is to have from now on.
+    new_mac: Option<String>,
     #[serde(default)]
     mtu: Option<u32>,
     /// `address/prefix`.
@@ -132,6 +134,10 @@ fn network(interfaces: &[Interface], routes: &[Route]) -> Result<(), Refusal> {
     let mut netlink = Netlink::open().map_err(|error| Refusal::io("netlink", &error))?;
     for wish in interfaces {
         let (name, index) = find(wish.name.as_deref(), wish.mac.as_deref())?;
+        if let Some(text) = &wish.new_mac {
+            let done = netlink.set_mac(index, mac_address(text)?);
+            done.map_err(|error| Refusal::io(format!("address {text} of {name}"), &error))?;
+        }
         netlink.link_up(index, wish.mtu).map_err(|error| Refusal::io(format!("interface {name}"), &error))?;
         for text in &wish.addresses {
             let (address, prefix) = network_address(text)?;
@@ -153,6 +159,16 @@ fn network(interfaces: &[Interface], routes: &[Route]) -> Result<(), Refusal> {
 }
 
 /// Name and number of an interface.
+/// The bytes of an address such as `02:00:00:00:00:01`.
+fn mac_address(text: &str) -> Result<[u8; 6], Refusal> {
+    let parts: Vec<u8> = text.split(':').filter_map(|part| u8::from_str_radix(part, 16).ok()).collect();
+    let refusal = || Refusal::new("bad-request", format!("address {text:?}: expected one such as 02:00:00:00:00:01"));
+    if text.split(':').count() != 6 {
+        return Err(refusal());
+    }
+    parts.try_into().map_err(|_| refusal())
+}
+
 fn find(name: Option<&str>, mac: Option<&str>) -> Result<(String, u32), Refusal> {
     let mut all: Vec<_> = fs::read_dir("/sys/class/net").into_iter().flatten().flatten().collect();
     all.sort_by_key(|entry| number(&entry.path(), "ifindex"));
@@ -249,6 +265,14 @@ mod tests {
         assert_eq!(network_address("fd00::1").expect("IPv6").1, 128);
         for bad in ["10.0.2.15/33", "10.0.2", "", "/24", "::1/129"] {
             assert!(network_address(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn test_hardware_address_is_six_bytes() {
+        assert_eq!(mac_address("02:00:00:00:00:fe").expect("an address"), [2, 0, 0, 0, 0, 0xFE]);
+        for bad in ["", "02:00:00:00:00", "02:00:00:00:00:00:00", "02:00:00:00:00:xx", "02:00:00:00:00:100"] {
+            assert_eq!(mac_address(bad).expect_err("refused").code, "bad-request", "{bad}");
         }
     }
 

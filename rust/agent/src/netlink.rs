@@ -39,6 +39,16 @@ impl Netlink {
         self.ask(libc::RTM_NEWLINK, 0, &body)
     }
 
+    /// Gives an interface another hardware address.
+    pub fn set_mac(&mut self, index: u32, mac: [u8; 6]) -> io::Result<()> {
+        let mut body = vec![libc::AF_UNSPEC as u8, 0, 0, 0];
+        for word in [index, 0, 0] {
+            body.extend(word.to_ne_bytes());
+        }
+        attribute(&mut body, libc::IFLA_ADDRESS, &mac);
+        self.ask(libc::RTM_NEWLINK, 0, &body)
+    }
+
     /// Gives an interface an address, or leaves the one it has.
     pub fn add_address(&mut self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
         let mut body = vec![family(address), prefix, libc::IFA_F_NODAD as u8, 0];

@@ -81,6 +81,7 @@ class Passt:
         self._unsent = bytearray()
         self._restarts: list[float] = []
         self._closed = self._reading = self._lost = False
+        self._saying = -1
         for forward in options.forwards:
             check_port(forward)
         self._socket, self._helper = self._start(wait=wait)
@@ -214,6 +215,8 @@ class Passt:
             try:
                 if wait:
                     helper.wait_for(reading)
+                else:
+                    self._close_when_said(os.dup(reading))
             except HostError as error:
                 ours.close()
                 helper.stop()
@@ -221,6 +224,17 @@ class Passt:
         ours.setblocking(False)
         helper.watch(self._host.loop, self._died)
         return ours, helper
+
+    def _close_when_said(self, reading: int) -> None:
+        """Take the pipe on which passt says that it is ready: closed before that, it would be passt's death."""
+        self._saying = reading
+        self._host.loop.add_reader(reading, self._close_pipe)
+
+    def _close_pipe(self) -> None:
+        if self._saying >= 0:
+            self._host.loop.remove_reader(self._saying)
+            os.close(self._saying)
+            self._saying = -1
 
     def _died(self, helper: Helper) -> None:
         if helper is self._helper:
@@ -265,6 +279,7 @@ class Passt:
         """Stop passt. Loop thread, or after the loop's end; more calls do nothing."""
         if not self._closed:
             self._closed = True
+            self._close_pipe()
             if not self._lost:
                 self._disconnect()
 

@@ -36,7 +36,7 @@ def _run(arguments: list[str], words: tuple[str, ...] | None, *, debug: bool) ->
     from ostler.errors import GuestCrash, OstlerError
 
     try:
-        status = short.run(arguments) if words is None else None
+        status = short.run(arguments) if words is None else short.run_image(arguments, words)
         if status is None:
             status = _long_way(arguments, words)
         sys.stdout.flush()

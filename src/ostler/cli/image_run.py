@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ostler.cli import console, progress, relay, terminal, troubles
 from ostler.cli.phases import Phases
-from ostler.client import keeper, plan, running
+from ostler.client import keeper, plan, warm
 from ostler.control.connection import Connection
 from ostler.errors import AgentError, BadRequest, GuestGone
 
@@ -34,7 +34,7 @@ def run_attached(request: GuestRequest, *, tty: bool | None, timing: bool) -> in
             raise BadRequest(f"image {request.image!r}: has no command of its own, expected -- COMMAND")
         wanted = dataclasses.replace(wanted, job=dataclasses.replace(wanted.job, argv=plan.SHELL))
     with terminal.orderly_signals():
-        with running.start(wanted, leash=True, remove=True) as guest:
+        with warm.start(wanted, leash=True, remove=True, cold=request.cold) as guest:
             phases.end("start")
             status = _serve(guest, wanted, phases, tty=tty)
         phases.end("end")
@@ -79,7 +79,7 @@ def run_detached(request: GuestRequest, *, remove: bool) -> None:
     with progress.shown() as shown, ExitStack() as undo:
         wanted = plan.make(request, progress=shown)
         undo.enter_context(terminal.orderly_signals())
-        guest = undo.enter_context(running.start(wanted, leash=False, remove=remove))
+        guest = undo.enter_context(warm.start(wanted, leash=False, remove=remove, cold=request.cold))
         if wanted.boot == "agent" or wanted.job.argv:
             shown("waiting for the guest")
             guest.configure()

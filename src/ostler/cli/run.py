@@ -101,6 +101,7 @@ def command(  # noqa: PLR0913 - one parameter per option
     append: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Kernel command line; without a kernel of yours, added to it.")
     ] = None,
+    cold: Annotated[bool, typer.Option("--cold", help="Boot, though a booted guest is cached.")] = False,  # noqa: FBT002
     timing: Annotated[bool, typer.Option("--timing", help="Say how long each phase took.")] = False,  # noqa: FBT002
     test_devices: Annotated[bool, typer.Option("--test-devices", hidden=True)] = False,  # noqa: FBT002
     debug: Annotated[  # noqa: FBT002
@@ -118,7 +119,7 @@ def command(  # noqa: PLR0913 - one parameter per option
         "image": image, "kernel": kernel, "initrd": initrd, "append": append, "command": words, "name": name,
         "hostname": hostname, "memory": memory, "cpus": cpus, "cpu": cpu, "accel": accel, "disks": disk, "nets": net,
         "ports": publish, "volumes": volume, "env": env, "workdir": workdir, "user": user, "persist": persist,
-        "seed": seed,
+        "seed": seed, "cold": cold or None,
         "dns": dns, "ssh_keys": ssh_key, "test_devices": test_devices or None,
     }  # fmt: skip
     request = read_request(file, **given) if file else parse_request(**given)

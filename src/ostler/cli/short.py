@@ -1,8 +1,9 @@
-"""The short way of `ostler run --kernel FILE …`: in the guest before the command line's own libraries would be loaded.
+"""The short way of `ostler run --kernel FILE …` and `ostler run IMAGE -- COMMAND…`: in the guest before the command
+line's own libraries would be loaded.
 
-Only plain requests take it: one kernel and options from the list below, each given once and of a form that needs no
-second look. Whatever else the arguments are, right or wrong, is the long way's to understand and to complain about, so
-that there is one parser of all that users write and this is none beside it. Both make the same guest.
+Only plain requests take it: one kernel or image and options from the lists below, each given once and of a form that
+needs no second look. Whatever else the arguments are, right or wrong, is the long way's to understand and to complain
+about, so that there is one parser of all that users write and this is none beside it. Both make the same guest.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _PLAIN = {
     "--cpus": re.compile(r"[1-9][0-9]?"),
     "--accel": re.compile(r"kvm|soft|auto"),
 }
+_OF_IMAGES = {"--memory", "--cpus", "--accel"}
+_IMAGE = re.compile(r"[a-z0-9][a-z0-9._:/-]*")
 _UNITS = {"M": 1 << 20, "G": 1 << 30}
 _CONSOLE = "console=ttyS0"
 _DEFAULT_MEMORY = "512M"
@@ -64,6 +67,30 @@ def run(arguments: list[str]) -> int | None:
     from ostler.cli import kernel_run
 
     return kernel_run.run(cast("GuestSpec", guest)).exit_status
+
+
+def run_image(arguments: list[str], words: tuple[str, ...]) -> int | None:
+    """Run the command in a guest of an image; its exit status, or None for what has to go the long way."""
+    given = plain_image(arguments)
+    if given is None or not words:
+        return None
+    from ostler.cli import image_run
+    from ostler.config import parse_request
+
+    return image_run.run_attached(parse_request(command=words, **given), tty=None, timing=False)
+
+
+def plain_image(arguments: list[str]) -> dict[str, object] | None:
+    """What a plain request says of the guest, but for the command."""
+    cold = [each for each in arguments if each == "--cold"]
+    rest = [each for each in arguments[1:] if each != "--cold"]
+    at = next((at for at in range(0, len(rest), 2) if not rest[at].startswith("-")), None)
+    if arguments[:1] != ["run"] or len(cold) > 1 or at is None or not _IMAGE.fullmatch(rest[at]):
+        return None
+    options = _options(["run", *rest[:at], *rest[at + 1 :]])
+    if options is None or not set(options) <= _OF_IMAGES:
+        return None
+    return {"image": rest[at], "cold": bool(cold), **{name[2:]: value for name, value in options.items()}}
 
 
 def plain_guest(arguments: list[str]) -> PlainGuest | None:

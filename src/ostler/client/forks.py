@@ -37,20 +37,21 @@ def fork(
         snapshot = Snapshot(folder, manifest.load(folder))
         children: list[RestoredGuest] = []
 
-        def begin(name: str | None) -> None:
+        def begin(name: str | None) -> RestoredGuest:
             child = start(snapshot, name, leash=leash, remove=remove, ports=False)
             children.append(child)
             child.configure()
             if begun is not None:
                 begun(child)
+            return child
 
         with ThreadPoolExecutor(min(AT_A_TIME, len(names)) or 1) as workers:
             under_way = [workers.submit(begin, name) for name in names]
         try:
-            for each in under_way:
-                each.result()
+            # In the order of their names, whoever was first.
+            found = [each.result() for each in under_way]
         except BaseException:
             for child in children:
                 child.end()
             raise
-    return children, float(seed["pause_ms"])
+    return found, float(seed["pause_ms"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,15 @@ def request(entry: Entry, op: str, *, timeout_s: float | None = 30.0, **argument
             return connection.request(op, timeout_s=timeout_s, **arguments)
     except TimeoutError as error:
         raise HostError(f"guest {entry.name!r}: no answer to {op!r} within {timeout_s:g} s") from error
+    except ConnectionLost as error:
+        raise GuestNotFound(f"guest {entry.name!r}: has ended") from error
+
+
+def request_announced(entry: Entry, op: str, begun: Callable[[], None], **arguments: object) -> dict[str, Any]:
+    """A request that takes long and says when its part that concerns the guest is over. Raises as `request`."""
+    try:
+        with Connection.to(entry) as connection:
+            return connection.collect(connection.post(op, **arguments), timeout_s=None, on_event=begun)
     except ConnectionLost as error:
         raise GuestNotFound(f"guest {entry.name!r}: has ended") from error
 

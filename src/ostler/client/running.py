@@ -75,7 +75,9 @@ class RunningGuest:
 
     def configure(self) -> None:
         """Hand the settings over: hostname, network, name servers, keys, mounts."""
-        settings = {**self._network(), **self.plan.settings}
+        self._say({**self._network(), **self.plan.settings})
+
+    def _say(self, settings: dict[str, Any]) -> None:
         try:
             self.agent.configure(**settings)
         except AgentError as error:

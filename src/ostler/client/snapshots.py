@@ -132,15 +132,20 @@ class RestoredGuest(RunningGuest):
         if self.plan.spec.vsock_cid is None:
             return
         try:
-            agent = self.agent
-            for say in (
-                agent.add_entropy,
-                agent.set_time,
-                lambda: agent.configure(**self.plan.settings),
-            ):
-                say()
+            self.agent.add_entropy()
+            self.agent.set_time()
         except AgentError as error:
             raise self.explain(error) from error
+        self._say({**self._network(), **self.plan.settings})
+
+    def _network(self) -> dict[str, Any]:
+        """IP addresses it has: they are the same in every network of passt's. MAC addresses are each guest's own."""
+        if not self.plan.spec.nets:
+            return {}
+        facts = guests.request(self.entry, "inspect")
+        self.troubles = [str(each) for each in facts.get("troubles", [])]
+        found = {"dns": facts.get("network", {}).get("dns"), "interfaces": facts.get("macs")}
+        return {name: value for name, value in found.items() if value}
 
 
 def fork(

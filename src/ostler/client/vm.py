@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
-from ostler.client import guests, running, snapshots
+from ostler.client import guests, snapshots, warm
 from ostler.client import plan as plans
 from ostler.client.console import GuestConsole
 from ostler.client.events import Events
@@ -72,7 +72,9 @@ class VM:
         """
         if self._guest is not None:
             raise BadRequest(f"guest {self.name!r}: has been started already")
-        guest = running.start(plans.make(self.request, progress=self._progress), leash=True, remove=True)
+        guest = warm.start(
+            plans.make(self.request, progress=self._progress), leash=True, remove=True, cold=self.request.cold
+        )
         try:
             guest.configure()
         except BaseException:

@@ -118,6 +118,7 @@ class GuestRequest(BaseModel):
     ssh_keys: tuple[TextLine, ...] = Field((), description="Public keys for root.")
     rng: bool = True
     balloon: bool = True
+    cold: bool = Field(default=False, description="Boot, even where a snapshot of a booted guest could be had.")
     test_devices: bool = False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -78,12 +78,15 @@ class Connection:
             raise ConnectionLost(str(error)) from error
         return self._number
 
-    def collect(self, number: int, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> Message:
-        """The reply to that request; see `request`. Events that come before it are skipped."""
+    def collect(
+        self, number: int, *, timeout_s: float | None = DEFAULT_TIMEOUT_S, on_event: Callable[[], None] | None = None
+    ) -> Message:
+        """The reply to that request; see `request`. Events that come before it are skipped, but for a call."""
         self._socket.settimeout(timeout_s)
         try:
             while (reply := self._receive()).get("id") != number:
-                pass
+                if on_event is not None and "event" in reply:
+                    on_event()
         except ConnectionResetError as error:
             raise ConnectionLost(str(error)) from error
         if "error" in reply:

@@ -102,9 +102,14 @@ def folder() -> Path:
 
 def socket_path() -> Path:
     """This installation's pool."""
-    package = Path(__file__).parents[1]
-    identity = f"{sys.executable} {package} {_newest(str(package))}"
+    identity = f"{sys.executable} {installation_stamp()}"
     return folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}{SOCKET_SUFFIX}"
+
+
+def installation_stamp() -> str:
+    """What differs between two installations, or when a file of one changes."""
+    package = str(Path(__file__).parents[1])
+    return f"{package} {_newest(package)}"
 
 
 def _newest(package: str) -> int:

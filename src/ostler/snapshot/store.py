@@ -95,18 +95,21 @@ def children_of(name: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def workspace(name: str, *, replace: bool = False) -> Iterator[Path]:
+def workspace(name: str, *, replace: bool = False, within: Path | None = None) -> Iterator[Path]:
     """A folder to write a snapshot into, which gets its name when the block ends well, and else goes.
+
+    `within` is where it is to be, by default with the user's snapshots.
 
     Raises BadRequest for a name that is taken, HostError.
     """
-    target = root() / check_name(name)
+    place = within or root()
+    target = place / check_name(name)
     if target.exists() and not replace:
         raise BadRequest(f"snapshot {name!r}: there is one of that name; expected another, or --replace")
     try:
-        root().mkdir(mode=0o700, parents=True, exist_ok=True)
-        _heal()
-        part = Path(tempfile.mkdtemp(prefix=".new-", dir=root()))
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _heal(place)
+        part = Path(tempfile.mkdtemp(prefix=".new-", dir=place))
         lock = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise HostError(f"snapshot {target}: {error.strerror or error}") from error
@@ -116,7 +119,7 @@ def workspace(name: str, *, replace: bool = False) -> Iterator[Path]:
         if target.exists():
             _discard(target)
         part.rename(target)
-        _sync(root())
+        _sync(place)
     except OSError as error:
         raise HostError(f"snapshot {target}: {error.strerror or error}") from error
     finally:
@@ -178,9 +181,9 @@ def _known_as(file: object) -> tuple[int, int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _heal() -> None:
+def _heal(place: Path) -> None:
     """Remove what writers that were killed have left."""
-    for each in root().iterdir():
+    for each in place.iterdir():
         if each.name.startswith((".new-", ".dead-")):
             with contextlib.suppress(OSError):
                 lock = os.open(each, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -54,10 +54,12 @@ class Capturer:
 
     # -- snapshots ----------------------------------------------------------------------------------
 
-    def to_folder(self, folder: Path, given: Mapping[str, Any], *, incremental: bool) -> Callable[[], dict[str, Any]]:
+    def to_folder(
+        self, folder: Path, given: Mapping[str, Any], *, incremental: bool = False, sync: bool = True
+    ) -> Callable[[], dict[str, Any]]:
         """Catch the guest; what is returned writes the snapshot into `folder`, in another thread, and says what it was.
 
-        `given` goes into the manifest. Raises OstlerError.
+        `given` goes into the manifest. With `sync` the snapshot outlives a crash of the host. Raises OstlerError.
         """
         self._check(forked=False)
         machine = self._process.machine
@@ -88,7 +90,7 @@ class Capturer:
                 (folder / manifest.STATE).write_bytes(caught.state)
                 for name, frozen in caught.frozen.items():
                     self._write_disk(folder, name, frozen, caught)
-                return self._describe(folder, caught, {**given, "id": identity, "parent": base})
+                return self._describe(folder, caught, {**given, "id": identity, "parent": base}, sync=sync)
 
         return write
 
@@ -129,9 +131,9 @@ class Capturer:
             copied = {"base": own, "base_bytes": found.st_size, "base_mtime_ns": found.st_mtime_ns}
             caught.disks[name] = facts.model_copy(update=copied)
 
-    def _describe(self, folder: Path, caught: Caught, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _describe(self, folder: Path, caught: Caught, given: Mapping[str, Any], *, sync: bool) -> dict[str, Any]:
         names = [each.name for each in folder.iterdir()]
-        found = self._manifest(caught, given, files={name: store.describe(folder, name) for name in names})
+        found = self._manifest(caught, given, files={name: store.describe(folder, name, sync=sync) for name in names})
         manifest.save(found, folder)
         return {"pause_ms": caught.pause_ms, "id": found.id, "parent": found.parent}
 

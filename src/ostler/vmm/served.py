@@ -121,6 +121,12 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
         else:
             origin.complete(process.machine.memory)
             process.restore_state(origin.saved)
+            # It still uses the addresses of the guest it was; its agent can be told those that belong to this one.
+            facts["macs"] = [
+                {"mac": card.mac.hex(":"), "new_mac": card.own_mac.hex(":")}
+                for card in (network.device for network in process.networks)
+                if card.mac != card.own_mac
+            ]
         handle_signals(process)
         if leash is not None:
             process.loop.add_reader(leash, process.quit)

@@ -53,7 +53,11 @@ class SnapshotService:
         folder = Path(_text(arguments, "folder"))
         given = _mapping(arguments, "manifest")
         self._check_idle()
-        write = self._capturer.to_folder(folder, given, incremental=arguments.get("incremental") is True)
+        write = self._capturer.to_folder(
+            folder, given, incremental=arguments.get("incremental") is True, sync=arguments.get("sync", True) is True
+        )
+        # Whoever asked may go on with the guest: what happens to it from here on is not in the snapshot.
+        connection.send({"event": "caught"})
 
         def done(result: Message) -> None:
             self._service.announce("snapshot", name=given.get("name"), pause_ms=result["pause_ms"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ostler.cli.short import PlainGuest, plain_guest
+from ostler.cli.short import PlainGuest, plain_guest, plain_image
 from ostler.config import GuestSpec, parse_guest
 
 PLAIN = ["run", "--kernel", "vmlinuz", "--initrd", "initrd.img", "--memory", "256M", "--cpus", "2", "--accel", "kvm"]
@@ -60,3 +60,29 @@ def test_plain_guest_defaults_are_the_specifications() -> None:
 )
 def test_anything_else_goes_the_long_way(arguments: list[str]) -> None:
     assert plain_guest(arguments) is None
+
+
+def test_plain_image_is_what_the_long_way_understands() -> None:
+    assert plain_image(["run", "--accel", "soft", "debian", "--memory", "1G", "--cold"]) == {
+        "image": "debian", "accel": "soft", "memory": "1G", "cold": True,
+    }  # fmt: skip
+    assert plain_image(["run", "reg.example/app:1"]) == {"image": "reg.example/app:1", "cold": False}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["exec", "debian"],
+        ["run", "debian", "again"],
+        ["run", "Debian"],
+        ["run", "debian", "--name", "web"],
+        ["run", "debian", "--kernel", "vmlinuz"],
+        ["run", "debian", "--memory", "much"],
+        ["run", "debian", "--memory"],
+        ["run", "debian", "--cold", "--cold"],
+        ["run", "--help", "debian"],
+    ],
+)
+def test_what_is_no_plain_image_goes_the_long_way(arguments: list[str]) -> None:
+    assert plain_image(arguments) is None

@@ -93,6 +93,11 @@ class NetDevice(VirtioDevice):
         return self._backend
 
     @property
+    def own_mac(self) -> bytes:
+        """The address it was made with, whatever the driver or a saved state has it use."""
+        return self._own_mac
+
+    @property
     def mac(self) -> bytes:
         """The address as the driver has set it last."""
         return self._state.mac
