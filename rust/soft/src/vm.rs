@@ -8,6 +8,7 @@
 use crate::board::Local;
 use crate::clock::{host_tsc, lock, realtime_ns, VmClock};
 use crate::counters::Counters;
+use crate::cpu::attention;
 use crate::ioctl::caps::{self, CLOCK_FLAGS, MAX_VCPUS, MAX_VCPU_ID};
 use crate::ioctl::memory::Memory;
 use crate::ioctl::requests::*;
@@ -226,6 +227,8 @@ impl Vm {
 
     /// The host wrote `[gpa, gpa + size)`: code decoded from there is forgotten.
     pub fn invalidate(&self, gpa: u64, size: u64) {
-        self.machine.slots().invalidate(gpa, size);
+        if self.machine.slots().invalidate(gpa, size) {
+            self.machine.peers.for_each(|peer| peer.raise(attention::CODE));
+        }
     }
 }

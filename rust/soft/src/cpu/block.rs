@@ -209,10 +209,9 @@ fn jump_index(linear: u64) -> usize {
 /// Instructions after which the block must be left although they do not branch.
 fn ends_block(ins: &Instruction) -> bool {
     match ins.flow_control() {
-        FlowControl::Next => matches!(
-            ins.mnemonic(),
-            Mnemonic::Cli | Mnemonic::Sti | Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq | Mnemonic::Hlt
-        ),
+        FlowControl::Next => {
+            matches!(ins.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq | Mnemonic::Hlt)
+        }
         _ => true,
     }
 }
@@ -452,6 +451,7 @@ impl Cpu {
     /// must not run.
     pub(crate) fn code_changed(&mut self) {
         self.counters.invalidations += 1;
+        self.forget_returns();
         self.native.left = 1;
         let current = self.blocks.current;
         if current.is_null() {
@@ -509,12 +509,17 @@ impl Cpu {
         };
         let slots = self.slots.clone();
         let lost = std::mem::take(&mut self.tlb.writes_lost);
+        let mut changed = false;
         for gpa in pages {
             if let (Some(slot), Some(host)) = (slots.find(gpa), slots.host(gpa)) {
                 if self.flush_writes_of(host as usize) || lost {
-                    note_store(slot.code_word(gpa), 0, PAGE_SIZE);
+                    changed |= note_store(slot.code_word(gpa), 0, PAGE_SIZE);
                 }
             }
+        }
+        if changed {
+            self.forget_returns();
+            self.board.code_changed();
         }
     }
 }

@@ -109,6 +109,7 @@ impl Cpu {
         }
         if bits & attention::CODE != 0 {
             self.shared.attention.fetch_and(!attention::CODE, SeqCst);
+            self.forget_returns();
         }
         if bits & attention::QUEUED != 0 {
             if let Some(write) = self.io.queue.pop_front() {
@@ -203,6 +204,7 @@ impl Cpu {
                 return self.deliver_injected(vector, software);
             }
             self.pending.interrupt = Some((vector, software));
+            self.native_out.held = 1;
         }
         if self.pending.nmi && !self.nmi_blocked {
             self.pending.nmi = false;
@@ -221,6 +223,8 @@ impl Cpu {
                     }
                     return self.deliver_interrupt(vector);
                 }
+            } else {
+                self.native_out.held = 1;
             }
         }
         Ok(())

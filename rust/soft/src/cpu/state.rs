@@ -207,8 +207,11 @@ impl Cpu {
     pub fn flags_changed(&mut self, before: u64) {
         let now = self.sys_flags as u64;
         let changed = before ^ now;
-        if changed & now & rflags::IF != 0 && self.board.has_interrupt() {
-            self.shared.attention.fetch_or(attention::IRQ, Relaxed);
+        if changed & now & rflags::IF != 0 {
+            self.native_out.held = 0;
+            if self.board.has_interrupt() || self.pending.interrupt.is_some() {
+                self.shared.attention.fetch_or(attention::IRQ, Relaxed);
+            }
         }
         if now & (rflags::TF | rflags::RF) != 0 {
             self.shared.attention.fetch_or(attention::SINGLE, Relaxed);

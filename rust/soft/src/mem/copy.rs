@@ -56,16 +56,18 @@ impl SlotMap {
     }
 
     /// The host changed `[gpa, gpa + size)`: code decoded from there is stale.
-    pub fn invalidate(&self, gpa: u64, size: u64) {
+    pub fn invalidate(&self, gpa: u64, size: u64) -> bool {
+        let mut any = false;
         let end = gpa.saturating_add(size);
         for slot in self.slots() {
             let (mut at, last) = (gpa.max(slot.gpa), end.min(slot.gpa + slot.size));
             while at < last {
                 let length = (PAGE_SIZE - at % PAGE_SIZE).min(last - at);
-                note_store(slot.code_word(at), at % PAGE_SIZE, length);
+                any |= note_store(slot.code_word(at), at % PAGE_SIZE, length);
                 at += length;
             }
         }
+        any
     }
 }
 

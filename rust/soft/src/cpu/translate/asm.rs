@@ -296,6 +296,12 @@ impl Asm {
         self.fix(label);
     }
 
+    /// `lea reg, [rip + label]`.
+    pub fn lea_label(&mut self, reg: u8, label: Label) {
+        self.bytes(&[0x48 | (reg >> 3) << 2, 0x8d, (reg & 7) << 3 | 5]);
+        self.fix(label);
+    }
+
     fn fix(&mut self, label: Label) {
         self.fixups.push((self.code.len(), label));
         self.imm32(0);

@@ -24,6 +24,8 @@ pub enum Class {
     Lea,
     Push,
     PushImmediate,
+    /// PUSH of a quadword in memory.
+    PushMemory,
     Pop,
     Leave,
     /// CBW, CWDE, CDQE.
@@ -43,6 +45,11 @@ pub enum Class {
     Call,
     CallIndirect,
     Ret,
+    Cli,
+    Sti,
+    PushFlags,
+    PopFlags,
+    SwapGs,
 }
 
 /// The arithmetic flags, as iced counts them.
@@ -149,11 +156,13 @@ fn class_of(ins: &Instruction) -> Class {
         Bt | Bts | Btr | Btc if registers_only(0) || is_immediate(ins, 1) => C::Copy,
         Shld | Shrd if is_immediate(ins, 2) => C::Copy,
         Imul if ins.op_count() > 1 => C::Copy,
+        Crc32 => C::Copy,
         Imul | Mul => C::Multiply,
         Div => C::Divide(false),
         Idiv => C::Divide(true),
         Lea => C::Lea,
         Push if ins.op0_kind() == OpKind::Register && ins.op0_register().is_gpr64() => C::Push,
+        Push if ins.op0_kind() == OpKind::Memory && ins.stack_pointer_increment() == -8 => C::PushMemory,
         Push if is_immediate(ins, 0) && ins.stack_pointer_increment() == -8 => C::PushImmediate,
         Pop if ins.op0_kind() == OpKind::Register && ins.op0_register().is_gpr64() => C::Pop,
         Leave if ins.stack_pointer_increment() == 0 && ins.code() == iced_x86::Code::Leaveq => C::Leave,
@@ -164,6 +173,11 @@ fn class_of(ins: &Instruction) -> Class {
             C::Cmpxchg
         }
         Clc | Stc | Cmc => C::Carry,
+        Cli => C::Cli,
+        Sti => C::Sti,
+        Pushfq => C::PushFlags,
+        Popfq => C::PopFlags,
+        Swapgs => C::SwapGs,
         Nop | Endbr64 | Endbr32 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Reservednop
         | Lfence | Sfence => C::Nothing,
         Jo | Jno | Jb | Jae | Je | Jne | Jbe | Ja | Js | Jns | Jp | Jnp | Jl | Jge | Jle | Jg
@@ -201,7 +215,8 @@ pub fn plan(ins: &Instruction, bytes: &[u8], offsets: &ConstantOffsets, factory:
     let kinds = ins.op_code();
     for index in 0..ins.op_count() {
         let operand = Operand::new(ins, index, kinds.op_kind(index), info.op_access(index));
-        if operand.high_byte() || operand.role == Role::Other && class_needs_operands(class) {
+        let high = operand.high_byte() && !takes_high_bytes(ins, class);
+        if high || operand.role == Role::Other && class_needs_operands(class) {
             return Plan::handler();
         }
         operands[index as usize] = Some(operand);
@@ -220,6 +235,13 @@ pub fn plan(ins: &Instruction, bytes: &[u8], offsets: &ConstantOffsets, factory:
     let reads = ins.rflags_read() & ARITHMETIC != 0;
     let partly = modified != 0 && !defines_all(ins.mnemonic()) && !fixed_shift(ins);
     Plan { class, shape, operands, memory, needs_flags: reads || partly, sets_flags: modified != 0 }
+}
+
+/// AH, CH, DH and BH can be brought and put back there.
+fn takes_high_bytes(ins: &Instruction, class: Class) -> bool {
+    let exchanges = matches!(ins.mnemonic(), Mnemonic::Xchg | Mnemonic::Xadd);
+    let by_cl = ins.op_count() == 2 && ins.op1_kind() == OpKind::Register && ins.op1_register() == Register::CL;
+    class == Class::Copy && !exchanges && !by_cl
 }
 
 /// Bytes of operand `index`.

@@ -78,7 +78,8 @@ impl Emitter<'_> {
                 let vector = step.plan.class == Class::Vector;
                 // The OF of these is undefined, and another in memory than in a register.
                 let rotates = matches!(step.ins.mnemonic(), Mnemonic::Rol | Mnemonic::Ror);
-                let register_only = exchanges || bits || rotates || vector || o.role == Role::OpcodeReg;
+                let register_only =
+                    o.high_byte() || exchanges || bits || rotates || vector || o.role == Role::OpcodeReg;
                 let in_place = !(register_only || o.written && o.size == 4);
                 match o.gpr().map(home) {
                     Some(slot @ Rm::Mem(..)) if in_place => (slot, None),
@@ -93,23 +94,69 @@ impl Emitter<'_> {
         self.encode(step, [reg_number, vvvv_number], rm_field, reg.is_some());
         // MULX with one register for both results: the one in ModRM.reg stays.
         for (slot, scratch) in [(vvvv_slot, RCX), (reg_slot, RAX), (rm_slot, R11)] {
-            if let Some(slot) = slot {
-                self.asm.store(slot, scratch);
+            match slot {
+                Some(Back::Slot(slot)) => self.asm.store(slot, scratch),
+                Some(Back::High(guest)) => self.put_high(guest, scratch),
+                None => {}
             }
         }
     }
 
     /// The register an operand is in; one that lives in memory is brought into `scratch`, and goes
     /// back to the slot given if it is written.
-    pub(super) fn bring(&mut self, operand: &Operand, scratch: u8, always: bool) -> (Rm, Option<Rm>) {
+    pub(super) fn bring(&mut self, operand: &Operand, scratch: u8, always: bool) -> (Rm, Option<Back>) {
         let Some(guest) = operand.gpr() else { return (Rm::Reg(operand.register.number() as u8), None) };
+        if operand.high_byte() {
+            if operand.read {
+                self.take_high(guest, scratch);
+            }
+            return (Rm::Reg(scratch), operand.written.then_some(Back::High(guest)));
+        }
         match home(guest) {
             Rm::Reg(host) => (Rm::Reg(host), None),
             slot => {
                 if operand.read || operand.size < 4 || always {
                     self.asm.load(scratch, slot);
                 }
-                (Rm::Reg(scratch), operand.written.then_some(slot))
+                (Rm::Reg(scratch), operand.written.then_some(Back::Slot(slot)))
+            }
+        }
+    }
+
+    /// The low byte of `scratch`, RAX or R11 (then RCX changes, too), becomes AH, CH, DH or BH.
+    fn take_high(&mut self, guest: usize, scratch: u8) {
+        let by = if scratch == RAX { RAX } else { RCX };
+        let from = match home(guest) {
+            // These two are the host's own DH and BH.
+            Rm::Reg(host @ (RDX | RBX)) => host,
+            slot => {
+                self.asm.load(by, slot);
+                by
+            }
+        };
+        // movzx by, high byte
+        self.asm.bytes(&[0x0f, 0xb6, 0xc0 | by << 3 | from + 4]);
+        if by != scratch {
+            self.asm.load32(scratch, Rm::Reg(by));
+        }
+    }
+
+    /// Puts the low byte of `scratch`, RAX or R11, there; RAX and RCX change.
+    fn put_high(&mut self, guest: usize, scratch: u8) {
+        let by = if scratch == RAX {
+            RAX
+        } else {
+            self.asm.load32(RCX, Rm::Reg(scratch));
+            RCX
+        };
+        match home(guest) {
+            // mov dh or bh, by
+            Rm::Reg(host @ (RDX | RBX)) => self.asm.bytes(&[0x88, 0xc0 | by << 3 | host + 4]),
+            slot => {
+                let whole = if by == RAX { RCX } else { RAX };
+                self.asm.load(whole, slot);
+                self.asm.bytes(&[0x88, 0xc0 | by << 3 | whole + 4]);
+                self.asm.store(slot, whole);
             }
         }
     }
@@ -150,6 +197,15 @@ impl Emitter<'_> {
         self.asm.modrm(prefixes.get(), shape.wide, byte, &opcode[..count], field, rm);
         self.asm.bytes(shape.immediate());
     }
+}
+
+/// How a register that was brought goes back.
+#[derive(Clone, Copy)]
+pub(super) enum Back {
+    /// All of it, to its slot.
+    Slot(Rm),
+    /// Its low byte, to the second lowest of a guest register.
+    High(usize),
 }
 
 /// The operands of a copy by place.

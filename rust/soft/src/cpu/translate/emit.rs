@@ -10,7 +10,7 @@
 use super::asm::{cc, cell, group, Asm, Label, Rm};
 use super::classes::{plan, Class, Plan};
 use super::layout::{field, host::*};
-use super::link::Exit;
+use super::link::{Exit, Site, Sites};
 use super::stubs::Stubs;
 use crate::cpu::op::Op;
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory};
@@ -89,6 +89,7 @@ pub(super) struct Emitter<'a> {
     pub asm: Asm,
     pub source: Source<'a>,
     pub stubs: &'a Stubs,
+    pub sites: &'a mut Sites,
     pub flags: Flags,
     /// Index of the instruction in work.
     pub index: usize,
@@ -99,6 +100,12 @@ pub(super) struct Emitter<'a> {
     pub misses: Vec<Miss>,
     pub stack_misses: Vec<super::memory::StackMiss>,
     colds: Vec<Cold>,
+    /// Branches to other pages: where they miss, their sites, where they lead.
+    pub far: Vec<(Label, *mut Site, i64)>,
+    /// Where RETs come back to, and the page offset that is.
+    pub landings: Vec<(Label, usize)>,
+    /// Indirect branches that found nothing by themselves, and their exits.
+    pub slow_returns: Vec<(Label, i32)>,
     exits: Vec<Exit>,
     first_exit: usize,
 }
@@ -125,7 +132,7 @@ pub fn translate(
     stubs: &Stubs,
     origin: usize,
     first_exit: usize,
-    factory: &mut InstructionInfoFactory,
+    (factory, sites): (&mut InstructionInfoFactory, &mut Sites),
 ) -> Option<Piece> {
     let steps = analyse(&source, factory);
     if steps.len() != source.ops.len() {
@@ -135,6 +142,7 @@ pub fn translate(
         asm: Asm::new(origin),
         source,
         stubs,
+        sites,
         flags: Flags::Memory,
         index: 0,
         opened: 0,
@@ -142,6 +150,9 @@ pub fn translate(
         misses: Vec::new(),
         stack_misses: Vec::new(),
         colds: Vec::new(),
+        far: Vec::new(),
+        landings: Vec::new(),
+        slow_returns: Vec::new(),
         exits: Vec::new(),
         first_exit,
     };
@@ -199,6 +210,12 @@ impl Emitter<'_> {
             Class::MovImmediate => self.mov_immediate(step),
             Class::Lea => self.lea(step),
             Class::Push => self.push(step),
+            Class::PushMemory => self.push_memory(step),
+            Class::Cli => self.cli(),
+            Class::Sti => self.sti(),
+            Class::PushFlags => self.push_flags(),
+            Class::PopFlags => self.pop_flags(),
+            Class::SwapGs => self.swap_gs(),
             Class::PushImmediate => self.push_immediate(step),
             Class::Pop => self.pop(step),
             Class::Leave => self.leave_frame(),
@@ -215,7 +232,7 @@ impl Emitter<'_> {
             Class::CallIndirect => self.call_indirect(step),
             Class::Ret => self.ret(step),
         }
-        if step.plan.sets_flags && !matches!(step.plan.class, Class::Handler | Class::Divide(_)) {
+        if step.plan.sets_flags && !matches!(step.plan.class, Class::Handler | Class::Divide(_) | Class::PopFlags) {
             self.flags = Flags::Host;
         }
     }
@@ -282,7 +299,7 @@ impl Emitter<'_> {
     }
 
     /// The instruction is its handler's.
-    fn handler(&mut self) {
+    pub(super) fn handler(&mut self) {
         self.flags_to_memory();
         self.call_out(self.index, self.stubs.call);
         self.opened = 0;
@@ -305,6 +322,7 @@ impl Emitter<'_> {
                 self.asm.jump(resume);
             }
         }
+        self.branches_out_of_line();
         for cold in std::mem::take(&mut self.colds) {
             self.asm.place(cold.from);
             self.asm.load_imm(RCX, (self.first_exit + cold.exit) as u32);
@@ -341,7 +359,7 @@ impl Emitter<'_> {
         }
         self.flags_to_memory();
         self.address_in_code(R11, next as i64);
-        self.asm.jump_to(self.stubs.next);
+        self.asm.jump_to(self.stubs.direct);
     }
 
     /// Loads the linear address of a page offset, which may lie beyond the page.
@@ -351,17 +369,20 @@ impl Emitter<'_> {
     }
 
     fn new_link(&mut self, target: i64) -> Option<(usize, Label)> {
-        if !(0..4096).contains(&target) || !self.source.linkable {
-            return None;
-        }
+        let here = (0..4096).contains(&target) && self.source.linkable;
+        here.then(|| self.link_within_page(target as u16))
+    }
+
+    /// An exit to a target in this page: its number, and a label of its cold part.
+    pub(super) fn link_within_page(&mut self, target: u16) -> (usize, Label) {
         let (exit, from, host) = (self.exits.len(), self.asm.label(), self.flags == Flags::Host);
-        self.exits.push(Exit::Link { at: 0, target: target as u16, page: self.source.page, flags_in_host: host });
+        self.exits.push(Exit::Link { at: 0, target, page: self.source.page, flags_in_host: host });
         self.colds.push(Cold { from, exit, host });
-        Some((exit, from))
+        (exit, from)
     }
 
     /// The displacement just emitted is that of exit `exit`.
-    fn link_here(&mut self, exit: usize) {
+    pub(super) fn link_here(&mut self, exit: usize) {
         let here = self.asm.here() as u32 - 4;
         if let Exit::Link { at, .. } = &mut self.exits[exit] {
             *at = here;
@@ -371,9 +392,7 @@ impl Emitter<'_> {
     /// On to a page offset; the instructions are counted already.
     pub(super) fn go(&mut self, target: i64) {
         let Some((exit, cold)) = self.new_link(target) else {
-            self.address_in_code(R11, target);
-            self.asm.jump_to(if self.flags == Flags::Host { self.stubs.direct_host } else { self.stubs.direct });
-            return;
+            return self.go_far(target);
         };
         if target <= self.source.offset as i64 {
             self.asm.load(RCX, cell(field::ATTENTION));

@@ -5,8 +5,9 @@
 //! RAX, RCX and R11 are scratch: RAX because LAHF needs it, RCX because JECXZ, the only test that
 //! leaves the flags alone, does. RSP is the host's own stack.
 
+use crate::cpu::state::{seg, Msrs, Segment};
 use crate::cpu::Cpu;
-use std::mem::offset_of;
+use std::mem::{offset_of, size_of};
 use std::sync::atomic::AtomicU32;
 
 /// Host registers by encoding number.
@@ -102,11 +103,32 @@ pub(crate) struct Out {
     pub stop: u32,
     /// Code made for lockstep does not go beyond this many instructions retired.
     pub limit: u64,
+    /// An event waits for IF to be set: setting it is the handlers' business.
+    pub held: u8,
+    _pad: [u8; 3],
+    /// The latest entry of `returns`, as an offset in bytes.
+    pub top: u32,
+    /// The site that missed, see `link.rs`.
+    pub site: *mut super::link::Site,
+    /// Where the latest calls come back to.
+    pub returns: [super::link::Return; super::link::RETURNS],
 }
 
 impl Out {
     pub fn new() -> Self {
-        Self { jumps: std::ptr::null_mut(), op: 0, at: 0, exit: 0, stop: 0, limit: u64::MAX }
+        Self {
+            jumps: std::ptr::null_mut(),
+            op: 0,
+            at: 0,
+            exit: 0,
+            stop: 0,
+            limit: u64::MAX,
+            held: 1,
+            _pad: [0; 3],
+            top: 0,
+            site: std::ptr::null_mut(),
+            returns: [super::link::Return::NONE; super::link::RETURNS],
+        }
     }
 }
 
@@ -167,6 +189,16 @@ pub mod field {
     pub const EXIT: i32 = at(OUT + offset_of!(Out, exit));
     pub const STOP: i32 = at(OUT + offset_of!(Out, stop));
     pub const LIMIT: i32 = at(OUT + offset_of!(Out, limit));
+    pub const HELD: i32 = at(OUT + offset_of!(Out, held));
+    pub const TOP: i32 = at(OUT + offset_of!(Out, top));
+    pub const SITE: i32 = at(OUT + offset_of!(Out, site));
+    pub const RETURNS: i32 = at(OUT + offset_of!(Out, returns));
+    pub const CPL: i32 = at(offset_of!(Cpu, cpl));
+    pub const SHADOW: i32 = at(offset_of!(Cpu, shadow));
+    pub const CODE_SIZE: i32 = at(offset_of!(Cpu, code_size));
+    pub const KERNEL_GS_BASE: i32 = at(offset_of!(Cpu, msr) + offset_of!(Msrs, kernel_gs_base));
+    /// The base in GS's descriptor, which `seg_base` follows.
+    pub const GS_BASE: i32 = at(offset_of!(Cpu, segs) + seg::GS * size_of::<Segment>() + offset_of!(Segment, base));
 
     /// A guest register's slot.
     pub const fn register(index: usize) -> i32 {

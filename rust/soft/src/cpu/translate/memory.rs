@@ -40,7 +40,7 @@ pub(super) fn find_entry(asm: &mut Asm) {
 }
 
 /// R11 becomes a host address, by the TLB.
-fn look_up(asm: &mut Asm, miss: Label, size: usize, write: bool, align: usize) {
+pub(super) fn look_up(asm: &mut Asm, miss: Label, size: usize, write: bool, align: usize) {
     find_entry(asm);
     if align > 1 {
         // Adding keeps apart what the address's low bits and the ASID have in common.
@@ -103,17 +103,9 @@ impl Emitter<'_> {
     pub(super) fn stack_out_of_line(&mut self) {
         for StackMiss { from, back, miss, size, write } in std::mem::take(&mut self.stack_misses) {
             self.asm.place(from);
-            // An access that crosses into the next page must not take this page's address.
-            let unaligned = self.asm.label();
-            if size > 1 {
-                self.asm.alu_imm(false, group::AND, Rm::Reg(RAX), size as i32 - 1);
-                self.asm.jump_if(cc::NE, unaligned);
-            }
-            self.asm.call_to(self.stubs.stack);
+            self.asm.call_to(self.stubs.stack[write as usize][size.trailing_zeros() as usize]);
             self.asm.jump_if(cc::E, back);
-            self.asm.place(unaligned);
-            look_up(&mut self.asm, miss, size, write, 1);
-            self.asm.jump(back);
+            self.asm.jump(miss);
         }
     }
 
@@ -138,6 +130,17 @@ impl Emitter<'_> {
                 self.asm.store(Rm::Mem(R11, 0), RAX);
             }
         }
+        self.move_rsp(-8);
+    }
+
+    pub(super) fn push_memory(&mut self, step: &Step) {
+        self.access(step, 8, false, 1);
+        self.asm.load(RAX, Rm::Mem(R11, 0));
+        // RIP is nobody's while translated code runs.
+        self.asm.store(cell(field::RIP), RAX);
+        self.check(GUEST_RSP, -8, 8, true);
+        self.asm.load(RAX, cell(field::RIP));
+        self.asm.store(Rm::Mem(R11, 0), RAX);
         self.move_rsp(-8);
     }
 

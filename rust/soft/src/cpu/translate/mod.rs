@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | decode | `shape.rs` | an encoding taken apart |
 //! | analyse | `classes.rs`, `vector.rs` | what is done with an instruction, what it does to the flags |
-//! | emit | `emit.rs`; `copies.rs`, `moves.rs`, `memory.rs`, `branch.rs` | host code, by `asm.rs` |
+//! | emit | `emit.rs`; `copies.rs`, `moves.rs`, `memory.rs`, `branch.rs`, `system.rs` | host code, by `asm.rs` |
 //! | link | `link.rs`, `run.rs` | pieces joined together, and the loop around them |
 //!
 //! `layout.rs` says where registers and fields are, `stubs.rs` and `doors.rs` hold the fixed pieces of code.
@@ -28,6 +28,7 @@ mod moves;
 mod run;
 mod shape;
 mod stubs;
+mod system;
 #[cfg(test)]
 mod tests;
 mod vector;
@@ -36,7 +37,7 @@ use super::block::Block;
 use crate::counters::Counters;
 use crate::host::execmem::CodeWriter;
 use iced_x86::InstructionInfoFactory;
-use link::{Exit, Jump, JUMPS};
+use link::{Exit, Jump, Sites, JUMPS};
 use std::any::Any;
 use std::collections::HashMap;
 use stubs::Stubs;
@@ -113,6 +114,7 @@ pub struct Translator {
     stubs: Stubs,
     exits: Vec<Exit>,
     jumps: Box<[Jump]>,
+    sites: Sites,
     factory: InstructionInfoFactory,
     /// `Blocks::clears` when the code was made.
     clears: u64,
@@ -133,7 +135,7 @@ pub struct Translator {
     pub(crate) seen: Counters,
 }
 
-// SAFETY: the pointers in `jumps` lead into memory that moves with the Cpu's ownership.
+// SAFETY: the pointers in `jumps` and `sites` lead into memory that moves with the Cpu's ownership.
 unsafe impl Send for Translator {}
 
 /// A block's native code.
@@ -162,6 +164,7 @@ impl Translator {
             stubs,
             exits: Vec::new(),
             jumps: vec![Jump::NONE; JUMPS].into_boxed_slice(),
+            sites: Sites::default(),
             factory: InstructionInfoFactory::new(),
             clears: 0,
             hot,
@@ -186,6 +189,7 @@ impl Translator {
     fn flush(&mut self, clears: u64) {
         self.clears = clears;
         self.exits.clear();
+        self.sites = Sites::default();
         self.forget_jumps();
         self.stats.flushes += 1;
         if let Some((writer, stubs)) = Self::region() {
@@ -195,6 +199,7 @@ impl Translator {
 
     pub(crate) fn forget_jumps(&mut self) {
         self.jumps.fill(Jump::NONE);
+        self.sites.forget();
     }
 
     /// Translates a block. `false`: there is no room, or it cannot be.
@@ -206,7 +211,8 @@ impl Translator {
         let counted = self.counted;
         let source = emit::Source { bytes, ops, offset, page, linkable: block.joins, second, counted };
         let origin = self.writer.position();
-        let piece = emit::translate(source, &self.stubs, origin, self.exits.len(), &mut self.factory);
+        let piece =
+            emit::translate(source, &self.stubs, origin, self.exits.len(), (&mut self.factory, &mut self.sites));
         let Some(piece) = piece else { return false };
         if self.dumps == Some(Dumps::Blocks) {
             eprintln!("block at page offset {offset:#x}\n{}becomes", dump::listing(bytes, offset as u64));

@@ -1,6 +1,7 @@
 //! Emit: moves, addresses, and arithmetic on registers that the opcode implies.
 
 use super::asm::{cc, cell, group, Rm};
+use super::copies::Back;
 use super::emit::{Emitter, Step};
 use super::layout::{field, host::*, GUEST_RAX, GUEST_RBP, GUEST_RSP};
 use super::shape::home;
@@ -161,7 +162,7 @@ impl Emitter<'_> {
         self.asm.load(RAX, Rm::Reg(GUEST_RAX));
         let shape = &step.plan.shape;
         self.asm.modrm(shape.prefixes().get(), shape.wide, source.size == 1, shape.opcode(), new, target);
-        if let Some(slot) = slot {
+        if let Some(Back::Slot(slot)) = slot {
             self.asm.store(slot, R11);
         }
         self.asm.store(Rm::Reg(GUEST_RAX), RAX);

@@ -80,8 +80,14 @@ impl Cpu {
             if let Some(translator) = &mut self.translator {
                 translator.forget_jumps();
             }
+            self.forget_returns();
         }
         self.refresh_context();
+    }
+
+    /// Code changed, or all of it goes: RETs look for theirs anew.
+    pub(crate) fn forget_returns(&mut self) {
+        self.native_out.returns = [link::Return::NONE; link::RETURNS];
     }
 
     /// As `run_blocks`, with translated code where there is some.
@@ -129,6 +135,7 @@ impl Cpu {
         if self.blocks.clears != self.translator.as_ref()?.clears {
             let clears = self.blocks.clears;
             self.translator.as_mut()?.flush(clears);
+            self.forget_returns();
         }
         if !far_from_the_hole(self.rip) {
             return None;

@@ -6,7 +6,8 @@
 
 use super::asm::{cc, cell, group, Asm, Label, Rm};
 use super::layout::{field, host::*, BIAS, HOME};
-use super::link::{jump, JUMPS};
+use super::link::{jump, site, JUMPS};
+use crate::cpu::state::CodeSize;
 use crate::host::fpstate::MXCSR_INIT;
 
 /// Why translated code came back.
@@ -44,9 +45,12 @@ pub struct Stubs {
     pub direct_host: usize,
     pub direct: usize,
     pub indirect: usize,
-    /// R11: a linear address of the stack. Where its page may be written to, it becomes the stack
-    /// page, R11 the host address, and ZF is set. Changes RAX and RCX.
-    pub stack: usize,
+    /// By write and log2 of size. R11: a linear address of the stack, at which the stack page was not met: it
+    /// becomes the host address, and its page the stack page if it may be, and ZF is set, or the access missed.
+    /// Changes RAX and RCX.
+    pub stack: [[usize; 4]; 2],
+    /// R11: where to go, `Out::site`: whose branch it is.
+    pub far: usize,
     /// By number of `vector::open::DOORS`; ECX is zero where it is open now.
     pub open: [usize; 4],
 }
@@ -63,15 +67,17 @@ pub(super) struct Builder {
     /// The same, registers being stored.
     leave_stored: Label,
     pub close: Label,
+    /// On to R11.
+    direct: Label,
     pub open: [Label; 4],
 }
 
 /// The code of the stubs, to be put at the region's start.
 pub fn build(call_out: CallOut) -> (Vec<u8>, Stubs) {
     let mut asm = Asm::new(0);
-    let [leave, leave_stored, close] = std::array::from_fn(|_| asm.label());
+    let [leave, leave_stored, close, direct] = std::array::from_fn(|_| asm.label());
     let open = std::array::from_fn(|_| asm.label());
-    let mut b = Builder { asm, leave, leave_stored, close, open };
+    let mut b = Builder { asm, leave, leave_stored, close, direct, open };
     let mut stubs = Stubs::default();
     // Data first: the host's MXCSR.
     b.asm.bytes(&MXCSR_INIT.to_le_bytes());
@@ -85,7 +91,9 @@ pub fn build(call_out: CallOut) -> (Vec<u8>, Stubs) {
     stubs.next = b.next();
     (stubs.direct_host, stubs.direct) = b.look_up(reason::NEXT);
     (_, stubs.indirect) = b.look_up(reason::INDIRECT);
-    stubs.stack = b.stack();
+    stubs.far = b.far();
+    let stack = b.stack();
+    stubs.stack = [false, true].map(|write| [1, 2, 4, 8].map(|size| b.stack_access(stack, size, write)));
     b.leaving();
     b.closing();
     stubs.open = b.opening();
@@ -103,6 +111,36 @@ enum Kind {
 
 fn homes() -> impl Iterator<Item = (u8, Rm)> {
     HOME.iter().enumerate().filter_map(|(guest, home)| home.map(|h| (h, cell(field::register(guest)))))
+}
+
+/// RAX = the entry of the jump table for linear address R11, which holds now. Changes RCX.
+pub(super) fn look_up_jump(asm: &mut Asm, miss: Label) {
+    let entry = |offset: usize| Rm::Mem(RAX, offset as i32);
+    asm.load(RCX, cell(field::ATTENTION));
+    asm.alu_imm(false, group::CMP, Rm::Mem(RCX, 0), 0);
+    asm.jump_if(cc::NE, miss);
+    asm.load32(RAX, Rm::Reg(R11));
+    asm.shift(false, 5, RAX, 12);
+    asm.alu(false, group::XOR, RAX, Rm::Reg(R11));
+    asm.alu_imm(false, group::AND, Rm::Reg(RAX), JUMPS as i32 - 1);
+    asm.shift(false, 4, RAX, jump::SHIFT);
+    asm.alu(true, group::ADD, RAX, cell(field::JUMPS));
+    asm.alu(true, group::CMP, R11, entry(jump::LINEAR));
+    asm.jump_if(cc::NE, miss);
+    asm.load32(RCX, cell(field::CONTEXT));
+    asm.alu(false, group::CMP, RCX, entry(jump::CONTEXT));
+    asm.jump_if(cc::NE, miss);
+    asm.load(RCX, entry(jump::WORD));
+    asm.load32(RCX, Rm::Mem(RCX, 4));
+    asm.alu(false, group::CMP, RCX, entry(jump::GENERATION));
+    asm.jump_if(cc::NE, miss);
+}
+
+/// On to the code of RAX's entry.
+pub(super) fn enter_jump(asm: &mut Asm) {
+    asm.alu_imm(true, group::AND, Rm::Reg(R11), -4096);
+    asm.store(cell(field::PAGE), R11);
+    asm.modrm(&[], false, false, &[0xff], 4, Rm::Mem(RAX, jump::CODE as i32)); // jmp [entry.code]
 }
 
 impl Builder {
@@ -176,7 +214,8 @@ impl Builder {
     /// In: RCX the operation, EAX the block's page offset and the operation's index << 16.
     fn call(&mut self, call_out: CallOut, kind: Kind) -> usize {
         let start = self.align();
-        let (stopped, left, closed) = (self.asm.label(), self.asm.label(), self.asm.label());
+        let (stopped, left, closed, final_stop) =
+            (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
         self.asm.store32(cell(field::AT), RAX);
         self.asm.load_short(2, RAX, Rm::Reg(RAX));
         self.asm.alu(true, group::ADD, RAX, cell(field::PAGE));
@@ -213,13 +252,32 @@ impl Builder {
         self.ret();
         self.asm.place(left);
         self.asm.load_imm(RAX, crate::cpu::Stop::Leave as u32 + 1);
+        self.asm.jump(final_stop);
         self.asm.place(stopped);
+        self.branched(final_stop);
+        self.asm.place(final_stop);
         self.asm.store32(cell(field::STOP), RAX);
         // The return address goes, too.
         self.move_stack(16);
         self.asm.load_imm(RAX, reason::STOP);
         self.asm.jump(self.leave_stored);
         start
+    }
+
+    /// A handler branched: on to where, without the loop in between, if it is 64-bit code still and interrupts
+    /// are not held off.
+    fn branched(&mut self, otherwise: Label) {
+        self.asm.alu_imm(false, group::CMP, Rm::Reg(RAX), crate::cpu::Stop::Branch as i32 + 1);
+        self.asm.jump_if(cc::NE, otherwise);
+        self.asm.cmp_byte(cell(field::SHADOW), 0);
+        self.asm.jump_if(cc::NE, otherwise);
+        self.asm.cmp_byte(cell(field::CODE_SIZE), CodeSize::B64 as u8);
+        self.asm.jump_if(cc::NE, otherwise);
+        self.load_registers();
+        self.asm.load(R11, cell(field::RIP));
+        // The return address goes, too.
+        self.move_stack(16);
+        self.asm.jump(self.direct);
     }
 
     /// Opens what EBX says was open; RBX is loaded anew afterwards.
@@ -259,34 +317,67 @@ impl Builder {
         let host = self.align();
         self.asm.save_flags(field::FLAGS);
         let start = self.asm.here();
+        if missed == reason::NEXT {
+            self.asm.place(self.direct);
+        }
         let miss = self.asm.label();
-        let entry = |offset: usize| Rm::Mem(RAX, offset as i32);
-        self.asm.load(RCX, cell(field::ATTENTION));
-        self.asm.alu_imm(false, group::CMP, Rm::Mem(RCX, 0), 0);
-        self.asm.jump_if(cc::NE, miss);
-        self.asm.load32(RAX, Rm::Reg(R11));
-        self.asm.shift(false, 5, RAX, 12);
-        self.asm.alu(false, group::XOR, RAX, Rm::Reg(R11));
-        self.asm.alu_imm(false, group::AND, Rm::Reg(RAX), JUMPS as i32 - 1);
-        self.asm.shift(false, 4, RAX, jump::SHIFT);
-        self.asm.alu(true, group::ADD, RAX, cell(field::JUMPS));
-        self.asm.alu(true, group::CMP, R11, entry(jump::LINEAR));
-        self.asm.jump_if(cc::NE, miss);
-        self.asm.load32(RCX, cell(field::CONTEXT));
-        self.asm.alu(false, group::CMP, RCX, entry(jump::CONTEXT));
-        self.asm.jump_if(cc::NE, miss);
-        self.asm.load(RCX, entry(jump::WORD));
-        self.asm.load32(RCX, Rm::Mem(RCX, 4));
-        self.asm.alu(false, group::CMP, RCX, entry(jump::GENERATION));
-        self.asm.jump_if(cc::NE, miss);
-        self.asm.alu_imm(true, group::AND, Rm::Reg(R11), -4096);
-        self.asm.store(cell(field::PAGE), R11);
-        self.asm.modrm(&[], false, false, &[0xff], 4, entry(jump::CODE)); // jmp [entry.code]
+        look_up_jump(&mut self.asm, miss);
+        enter_jump(&mut self.asm);
         self.asm.place(miss);
+        self.missed(missed);
+        (host, start)
+    }
+
+    fn missed(&mut self, missed: u32) {
         self.asm.store(cell(field::RIP), R11);
         self.asm.load_imm(RAX, missed);
         self.asm.jump(self.leave);
-        (host, start)
+    }
+
+    /// As `direct`, and the site keeps what is found.
+    fn far(&mut self) -> usize {
+        let start = self.align();
+        let miss = self.asm.label();
+        look_up_jump(&mut self.asm, miss);
+        self.asm.load(RCX, cell(field::SITE));
+        self.asm.alu_imm(true, group::AND, Rm::Reg(R11), -4096);
+        self.asm.store(Rm::Mem(RCX, site::TO), R11);
+        self.asm.load(R11, cell(field::PAGE));
+        self.asm.store(Rm::Mem(RCX, site::FROM), R11);
+        for (from, to) in [(jump::CONTEXT, site::CONTEXT), (jump::GENERATION, site::GENERATION)] {
+            self.asm.load32(R11, Rm::Mem(RAX, from as i32));
+            self.asm.store32(Rm::Mem(RCX, to), R11);
+        }
+        for (from, to) in [(jump::WORD, site::WORD), (jump::CODE, site::CODE)] {
+            self.asm.load(R11, Rm::Mem(RAX, from as i32));
+            self.asm.store(Rm::Mem(RCX, to), R11);
+        }
+        self.asm.load(R11, Rm::Mem(RCX, site::TO));
+        self.asm.store(cell(field::PAGE), R11);
+        self.asm.modrm(&[], false, false, &[0xff], 4, Rm::Mem(RAX, jump::CODE as i32));
+        self.asm.place(miss);
+        self.missed(reason::NEXT);
+        start
+    }
+
+    /// See [`Stubs::stack`]; `fill` makes the page of R11 the stack page.
+    fn stack_access(&mut self, fill: usize, size: usize, write: bool) -> usize {
+        let start = self.align();
+        let (crossing, done) = (self.asm.label(), self.asm.label());
+        if size > 1 {
+            // An access that crosses into the next page must not take this page's address.
+            self.asm.load32(RAX, Rm::Reg(R11));
+            self.asm.alu_imm(false, group::AND, Rm::Reg(RAX), size as i32 - 1);
+            self.asm.jump_if(cc::NE, crossing);
+        }
+        self.asm.call_to(fill);
+        self.asm.jump_if(cc::E, done);
+        self.asm.place(crossing);
+        super::memory::look_up(&mut self.asm, done, size, write, 1);
+        self.asm.alu(false, group::XOR, RAX, Rm::Reg(RAX));
+        self.asm.place(done);
+        self.ret();
+        start
     }
 
     fn stack(&mut self) -> usize {
