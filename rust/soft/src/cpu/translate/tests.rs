@@ -1,8 +1,10 @@
 //! The translator against the interpreter on programs whose shape matters: loops, links, faults,
 //! code that changes. `soft-fuzz` compares what single instructions do.
 
+use crate::cpu::state::cr4;
 use crate::cpu::testing::Bench;
 use crate::cpu::{attention, vector, Stop};
+use crate::host::vex::host_has_all;
 use crate::mem::note_store;
 
 const CODE: u64 = 0x10_000;
@@ -26,6 +28,7 @@ fn both(code: &[u8], prepare: impl Fn(&mut Bench)) -> Bench {
     let (a, b) = (&interpreted.cpu, &translated.cpu);
     assert_eq!(a.regs[..16], b.regs[..16]);
     assert_eq!((a.rip, a.rflags(), a.fault, a.retired), (b.rip, b.rflags(), b.fault, b.retired));
+    assert!(a.fp.bytes() == b.fp.bytes());
     translated
 }
 
@@ -110,4 +113,79 @@ fn test_translate_unmasked_simd_exception_is_the_guests() {
         bench.cpu.fp.set_xmm(1, 0x3f80_0000);
     });
     assert_eq!((translated.cpu.fault.vector, translated.cpu.rip), (vector::XM, CODE + 3));
+}
+
+// ---- AVX: on hosts that lack it the interpreter has no such instruction either --------------------------------------
+
+const PATTERN: [u8; 32] = *b"the lower half..the upper half..";
+/// vmovdqu ymm1, [0x20000]
+const LOAD: [u8; 9] = [0xc5, 0xfe, 0x6f, 0x0c, 0x25, 0, 0, 2, 0];
+
+fn with_avx(bench: &mut Bench) {
+    bench.cpu.cr4 |= cr4::OSXSAVE;
+    bench.cpu.xcr0 = 7;
+    bench.load(0x2_0000, &PATTERN);
+}
+
+#[test]
+fn test_translate_upper_halves_live_over_a_call_of_a_handler() {
+    if !host_has_all() {
+        return;
+    }
+    // load; cpuid; vpaddd ymm2, ymm1, ymm1; paddd xmm1, xmm1; vmovdqu [0x20100], ymm2; ud2
+    let rest = [
+        0x0f, 0xa2, 0xc5, 0xf5, 0xfe, 0xd1, 0x66, 0x0f, 0xfe, 0xc9, 0xc5, 0xfe, 0x7f, 0x14, 0x25, 0, 1, 2, 0, 0x0f,
+        0x0b,
+    ];
+    let translated = both(&[&LOAD[..], &rest].concat(), with_avx);
+    assert_eq!(translated.cpu.fp.ymm_high(1).to_le_bytes(), PATTERN[16..]);
+    assert_eq!(translated.word(0x2_0100 + 24), translated.cpu.fp.ymm_high(2).wrapping_shr(64) as u64);
+}
+
+#[test]
+fn test_translate_vex_without_its_state_is_undefined() {
+    // paddd xmm1, xmm1; vpaddd xmm1, xmm1, xmm1
+    let code = [0x66, 0x0f, 0xfe, 0xc9, 0xc5, 0xf1, 0xfe, 0xc9];
+    let translated = both(&code, |bench| {
+        with_avx(bench);
+        bench.cpu.xcr0 = 3;
+    });
+    assert_eq!((translated.cpu.fault.vector, translated.cpu.rip), (vector::UD, CODE + 4));
+}
+
+#[test]
+fn test_translate_vex_fault_in_mid_block_keeps_what_was_loaded() {
+    if !host_has_all() {
+        return;
+    }
+    // load; mov ebx, 0x40000000 (not mapped); vpaddd ymm1, ymm1, [rbx]
+    let translated = both(&[&LOAD[..], &[0xbb, 0, 0, 0, 0x40, 0xc5, 0xf5, 0xfe, 0x0b]].concat(), with_avx);
+    assert_eq!((translated.cpu.fault.vector, translated.cpu.rip), (vector::PF, CODE + 14));
+    assert_eq!(translated.cpu.fp.ymm_high(1).to_le_bytes(), PATTERN[16..]);
+}
+
+#[test]
+fn test_translate_vex_unmasked_exception_is_the_guests() {
+    // vxorps xmm0, xmm0, xmm0; vdivps ymm1, ymm1, ymm0
+    let translated = both(&[0xc5, 0xf8, 0x57, 0xc0, 0xc5, 0xf4, 0x5e, 0xc8], |bench| {
+        with_avx(bench);
+        bench.cpu.fp.set_mxcsr(0);
+        bench.cpu.fp.set_ymm_high(1, 0x3f80_0000);
+    });
+    assert_eq!(translated.cpu.fault.vector, if host_has_all() { vector::XM } else { vector::UD });
+}
+
+#[test]
+fn test_translate_third_operands_that_live_in_memory() {
+    // mov r8d, 5; mov r9, …; mov r15, …; andn r10, r8, r9; mulx r8, r8, r15; pdep r11, r9, r15; shlx r9, r10, r8;
+    // bextr r15, r15, r9; ud2
+    let code = [
+        0x41, 0xb8, 5, 0, 0, 0, 0x49, 0xb9, 0xef, 0xcd, 0xab, 0x89, 0x67, 0x45, 0x23, 1, 0x49, 0xbf, 0, 0xff, 0, 0xff,
+        0, 0xff, 0, 0xff, 0xc4, 0x42, 0xb8, 0xf2, 0xd1, 0xc4, 0x42, 0xbb, 0xf6, 0xc7, 0xc4, 0x42, 0xb3, 0xf5, 0xdf,
+        0xc4, 0x42, 0xb9, 0xf7, 0xca, 0xc4, 0x42, 0xb0, 0xf7, 0xff, 0x0f, 0x0b,
+    ];
+    let translated = both(&code, |bench| bench.cpu.regs[2] = 1 << 63);
+    // The upper half of a product with 2^63.
+    assert_eq!(translated.cpu.regs[8], 0xff00_ff00_ff00_ff00 >> 1);
+    assert_eq!(translated.cpu.regs[10], 0x0123_4567_89ab_cdef & !5);
 }
