@@ -10,8 +10,8 @@ with the same devices and commands. Everything but that CPU is Python.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ostler.client.async_vm import AsyncVM as AsyncVM
     from ostler.client.vm import VM as VM
-    from ostler.client.vm import AsyncVM as AsyncVM
 
     __version__: str
 
@@ -28,9 +28,9 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:  # run from a source tree that was never installed
             return "0+unknown"
     if name in {"VM", "AsyncVM"}:
-        from ostler.client import vm
+        from ostler.client import async_vm, vm
 
-        return getattr(vm, name)
+        return {"VM": vm.VM, "AsyncVM": async_vm.AsyncVM}[name]
     raise AttributeError(f"module 'ostler' has no attribute {name!r}")
 
 
