@@ -106,19 +106,6 @@ def compile_python(tree: trees.Tree) -> None:
 def boot_image() -> Path:
     """Return the initrd: busybox, `first`, and the modules in loading order."""
     kernel = kernels.fetch(KERNEL, say)
-    found = modules.closure(kernels.module_tree(kernel, say) / "lib/modules" / kernel.release, MODULES)
-    order: list[str] = []
-
-    def add(name: str) -> None:
-        for needed in found[name][1]:
-            add(needed.replace("-", "_"))
-        if name not in order:
-            order.append(name)
-
-    for name in MODULES:
-        if name in found:
-            add(name)
-    files = {f"modules/{name}.ko": modules.content(found[name][0]) for name in order}
-    files["modules/order"] = "".join(f"{name}.ko\n" for name in order).encode()
+    files = modules.in_order(kernels.module_tree(kernel, say) / "lib/modules" / kernel.release, MODULES)
     files |= {"init": (HERE / "first").read_bytes(), "bin/busybox": initrd.busybox_program(say).read_bytes()}
     return initrd.build(files, progress=say)
