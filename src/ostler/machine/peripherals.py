@@ -25,7 +25,8 @@ from ostler.config import GuestSpec
 from ostler.config.devices import DiskSpec, ShareSpec
 from ostler.control.runtime import AGENT_SOCKET, HVC_SOCKET, VSOCK_SOCKET
 from ostler.devices.virtio.balloon import Balloon
-from ostler.devices.virtio.blk import Block, Disk
+from ostler.devices.virtio.blk import Block
+from ostler.devices.virtio.blk_backend import Disk
 from ostler.devices.virtio.console import ConsoleDevice
 from ostler.devices.virtio.console_port import Port
 from ostler.devices.virtio.device import VirtioDevice

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from ostler.devices.virtio.blk import Disk
+from ostler.devices.virtio.blk_backend import Disk
 from ostler.migration.wire import MAX_DISK_PART_BYTES
 
 GRAIN_BYTES = 64 << 10

@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from ostler.abi.virtio import blk as abi
 from ostler.abi.virtio.common import DeviceId
 from ostler.devices.state import Saved, load, save, uint
+from ostler.devices.virtio.blk_backend import AtOnce, Disk, Worker
 from ostler.devices.virtio.chain import Chain, QueueError
 from ostler.devices.virtio.device import VirtioDevice, read_field
 from ostler.devices.virtio.queue import Virtqueue
@@ -34,44 +34,6 @@ BLOCK_BYTES, PHYSICAL_EXPONENT, OPTIMAL_BLOCKS = 512, 3, 256
 MAX_RANGE_SECTORS, MAX_RANGES = (1 << 22) - 1, 256
 DISCARD_ALIGN_SECTORS = 8
 OK, IOERR, UNSUPP = (bytes([status]) for status in (0, 1, 2))
-
-
-class Disk(Protocol):
-    """What a block device works on; `ostler.backends.disk` has it in full. Every method may raise OSError."""
-
-    @property
-    def size_bytes(self) -> int: ...
-    @property
-    def read_only(self) -> bool: ...
-    @property
-    def serial(self) -> str: ...
-    def readv(self, offset: int, views: Sequence[memoryview]) -> None: ...
-    def writev(self, offset: int, views: Sequence[memoryview]) -> None: ...
-    def flush(self) -> None: ...
-    def discard(self, offset: int, size: int) -> None: ...
-    def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None: ...
-
-
-class Worker(Protocol):
-    """Who does what may take long; `ostler.backends.worker`."""
-
-    def submit(self, job: Callable[[], None], done: Callable[[OSError | None], None]) -> None: ...
-    def wait(self) -> None: ...
-
-
-class AtOnce:
-    """No worker: everything is done while the guest waits."""
-
-    def submit(self, job: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
-        try:
-            job()
-        except OSError as error:
-            done(error)
-        else:
-            done(None)
-
-    def wait(self) -> None:
-        """Nothing is ever under way."""
 
 
 @dataclass(slots=True)

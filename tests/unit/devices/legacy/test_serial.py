@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostler.devices.legacy.serial import (
+from ostler.devices.legacy.serial import FIFO_SIZE, Serial
+from ostler.devices.legacy.serial_registers import (
     FCR,
-    FIFO_SIZE,
     IER,
     IIR_LINE,
     IIR_MODEM,
@@ -20,7 +20,6 @@ from ostler.devices.legacy.serial import (
     LSR,
     MCR,
     MSR,
-    Serial,
 )
 from ostler.errors import StateError
 from ostler.testing.fakes import RecordedLine
