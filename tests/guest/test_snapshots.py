@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -139,3 +140,10 @@ def test_second_run_begins_booted_and_is_nobody_elses(monkeypatch: pytest.Monkey
     (folder / "state").write_bytes(b"damaged")
     assert boot("fourth")[0] == "fourth\n1\n"
     assert (folder / "state").read_bytes() != b"damaged"
+
+
+def test_documented_example_runs() -> None:
+    document = Path(__file__).parents[2] / "docs" / "snapshots.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(example, str(document), "exec"), {})
+    store.remove("docs")
