@@ -50,6 +50,7 @@ def _complete_cpu(incomplete: str) -> list[str]:
 
 
 Repeated = list[str] | None
+_IMAGE, _MACHINE, _KERNEL = "A guest of an image", "Its machine", "A kernel of your own"
 
 
 def command(  # noqa: PLR0913 - one parameter per option
@@ -59,49 +60,98 @@ def command(  # noqa: PLR0913 - one parameter per option
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", metavar="TOML", help="The guest's description.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Let it run by itself; print its name.")] = False,  # noqa: FBT002
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the guest; by default made up.")] = None,
-    remove: Annotated[bool, typer.Option("--rm", help="With -d: leave nothing when it ends.")] = False,  # noqa: FBT002
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the guest; by default made up.", rich_help_panel=_IMAGE)
+    ] = None,
+    remove: Annotated[  # noqa: FBT002
+        bool, typer.Option("--rm", help="With -d: leave nothing when it ends.", rich_help_panel=_IMAGE)
+    ] = False,
     volume: Annotated[
-        Repeated, typer.Option("--volume", "-v", metavar="HOST:GUEST[:ro]", help="Share a folder; repeatable.")
+        Repeated,
+        typer.Option(
+            "--volume", "-v", metavar="HOST:GUEST[:ro]", help="Share a folder; repeatable.", rich_help_panel=_IMAGE
+        ),
     ] = None,
     publish: Annotated[
-        Repeated, typer.Option("--publish", "-p", metavar="[ADDR:]HOST:GUEST[/udp]", help="Forward a port; repeatable.")
+        Repeated,
+        typer.Option(
+            "--publish",
+            "-p",
+            metavar="[ADDR:]HOST:GUEST[/udp]",
+            help="Forward a port; repeatable.",
+            rich_help_panel=_MACHINE,
+        ),
     ] = None,
     env: Env = None,
     workdir: Workdir = None,
     user: User = None,
     tty: Tty = None,
     net: Annotated[
-        Repeated, typer.Option(metavar="passt|tap=NAME|bridge=NAME|none", help="A network; repeatable.")
+        Repeated,
+        typer.Option(
+            metavar="passt|tap=NAME|bridge=NAME|none", help="A network; repeatable.", rich_help_panel=_MACHINE
+        ),
     ] = None,
     disk: Annotated[
-        Repeated, typer.Option(metavar="FILE[,ro][,overlay][,format=…][,serial=…]", help="One more disk; repeatable.")
+        Repeated,
+        typer.Option(
+            metavar="FILE[,ro][,overlay][,format=…][,serial=…]",
+            help="One more disk; repeatable.",
+            rich_help_panel=_MACHINE,
+        ),
     ] = None,
     persist: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Keep the root disk's changes under this name.")
+        str | None,
+        typer.Option(metavar="NAME", help="Keep the root disk's changes under this name.", rich_help_panel=_IMAGE),
     ] = None,
     seed: Annotated[
-        str | None, typer.Option(metavar="PATH", help="cloud-init's user data: a file, or a folder with user-data.")
+        str | None,
+        typer.Option(
+            metavar="PATH", help="cloud-init's user data: a file, or a folder with user-data.", rich_help_panel=_IMAGE
+        ),
     ] = None,
-    hostname: Annotated[str | None, typer.Option(metavar="NAME", help="In the guest; by default its name.")] = None,
-    dns: Annotated[Repeated, typer.Option(metavar="ADDRESS", help="A name server; repeatable.")] = None,
-    ssh_key: Annotated[Repeated, typer.Option(metavar="KEY", help="A public key for root; repeatable.")] = None,
+    hostname: Annotated[
+        str | None, typer.Option(metavar="NAME", help="In the guest; by default its name.", rich_help_panel=_IMAGE)
+    ] = None,
+    dns: Annotated[
+        Repeated, typer.Option(metavar="ADDRESS", help="A name server; repeatable.", rich_help_panel=_IMAGE)
+    ] = None,
+    ssh_key: Annotated[
+        Repeated, typer.Option(metavar="KEY", help="A public key for root; repeatable.", rich_help_panel=_IMAGE)
+    ] = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="512M (the default), 2G, …", show_default=False)
+        str | None,
+        typer.Option(metavar="SIZE", help="512M (the default), 2G, …", show_default=False, rich_help_panel=_MACHINE),
     ] = None,
-    cpus: Annotated[str | None, typer.Option(metavar="N", help="Virtual processors; 1.", show_default=False)] = None,
+    cpus: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Virtual processors; 1.", show_default=False, rich_help_panel=_MACHINE),
+    ] = None,
     cpu: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Processor model.", autocompletion=_complete_cpu)
+        str | None,
+        typer.Option(metavar="MODEL", help="Processor model.", autocompletion=_complete_cpu, rich_help_panel=_MACHINE),
     ] = None,
-    accel: Annotated[str | None, typer.Option(metavar="auto|kvm|soft", help="What runs the processors.")] = None,
+    accel: Annotated[
+        str | None, typer.Option(metavar="auto|kvm|soft", help="What runs the processors.", rich_help_panel=_MACHINE)
+    ] = None,
     kernel: Annotated[
-        str | None, typer.Option(metavar="FILE", help="bzImage, ELF (PVH or 64-bit) or multiboot program.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="bzImage, ELF (PVH or 64-bit) or multiboot program.", rich_help_panel=_KERNEL
+        ),
     ] = None,
-    initrd: Annotated[str | None, typer.Option(metavar="FILE", help="Initial RAM disk.")] = None,
+    initrd: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Initial RAM disk.", rich_help_panel=_KERNEL)
+    ] = None,
     append: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Kernel command line; without a kernel of yours, added to it.")
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Kernel command line; without a kernel of yours, added to it.", rich_help_panel=_KERNEL
+        ),
     ] = None,
-    cold: Annotated[bool, typer.Option("--cold", help="Boot, though a booted guest is cached.")] = False,  # noqa: FBT002
+    cold: Annotated[  # noqa: FBT002
+        bool, typer.Option("--cold", help="Boot, though a booted guest is cached.", rich_help_panel=_IMAGE)
+    ] = False,
     timing: Annotated[bool, typer.Option("--timing", help="Say how long each phase took.")] = False,  # noqa: FBT002
     test_devices: Annotated[bool, typer.Option("--test-devices", hidden=True)] = False,  # noqa: FBT002
     debug: Annotated[  # noqa: FBT002
