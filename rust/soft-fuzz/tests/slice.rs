@@ -4,7 +4,7 @@ use ostler_soft_fuzz::campaign::Campaign;
 use ostler_soft_fuzz::native;
 use ostler_soft_fuzz::select::Catalogue;
 
-const INSTRUCTIONS: u64 = 300_000;
+const INSTRUCTIONS: u64 = 700_000;
 /// Fixed: a test does the same each time.
 const SEED: u64 = 20_261_122;
 

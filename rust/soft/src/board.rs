@@ -428,8 +428,12 @@ impl Board for VcpuBoard {
         self.0.change_tsc(|peer| peer.tsc.write(value));
     }
 
-    fn code_page(&mut self, gpa: u64) {
-        self.0.machine.peers.code_found(self.0.peer.id, gpa);
+    fn code_page(&mut self, gpa: u64) -> bool {
+        self.0.machine.peers.code_found(self.0.peer.id, gpa)
+    }
+
+    fn code_noticed(&self) -> bool {
+        self.0.machine.peers.code_noticed(self.0.peer.id)
     }
 
     fn code_changed(&mut self) {

@@ -217,8 +217,10 @@ impl Peers {
 
     /// vCPU `from` found code on the page at `gpa`: every other one must stop storing to it
     /// unnoticed. One that is outside forgets all write translations when it comes in; one that is
-    /// inside may have stored since, and is told the page.
-    pub fn code_found(&self, from: u32, gpa: u64) {
+    /// inside may have stored since, and is told the page; until it has acted on that it may go on
+    /// storing, which the result says.
+    pub fn code_found(&self, from: u32, gpa: u64) -> bool {
+        let mut told = false;
         self.for_each(|peer| {
             if peer.id == from {
                 return;
@@ -227,8 +229,20 @@ impl Peers {
             if peer.shared.in_guest.load(SeqCst) {
                 lock(&peer.shared.code_pages).push(gpa);
                 peer.shared.raise(attention::WRITES);
+                told = true;
             }
         });
+        told
+    }
+
+    /// Whether every vCPU but `from` has acted on what [`Peers::code_found`] told it.
+    pub fn code_noticed(&self, from: u32) -> bool {
+        let mut all = true;
+        self.for_each(|peer| {
+            let waits = peer.shared.attention.load(SeqCst) & attention::WRITES != 0;
+            all &= peer.id == from || !waits || !peer.shared.in_guest.load(SeqCst);
+        });
+        all
     }
 }
 

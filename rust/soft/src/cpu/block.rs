@@ -365,7 +365,9 @@ impl Cpu {
         let before = unsafe { (*word).fetch_or(granules(gpa & 0xfff, size as u64), AcqRel) };
         if before & 0xffff_ffff == 0 {
             self.flush_writes_of(host as usize & !0xfff);
-            self.board.code_page(gpa & !0xfff);
+            if self.board.code_page(gpa & !0xfff) {
+                self.shared_code.insert(gpa & !0xfff);
+            }
         }
         (word, (before >> 32) as u32)
     }
@@ -445,6 +447,33 @@ impl Cpu {
             self.blocks.retired.push(old);
         }
         self.blocks.map.get_mut(&key).map_or(std::ptr::null_mut(), |block| &mut **block)
+    }
+
+    /// What a serialising instruction means for code: whatever others stored until now is what runs
+    /// from here on. SDM vol. 3, 8.1.3 and 8.3. A vCPU that found code on a page does not wait for
+    /// the others to notice; one that has not may have stored to it, so its code is decoded anew.
+    #[inline]
+    pub(crate) fn serialise(&mut self) {
+        if !self.shared_code.is_empty() {
+            self.decode_shared_code_anew();
+        }
+    }
+
+    #[cold]
+    fn decode_shared_code_anew(&mut self) {
+        let pages = std::mem::take(&mut self.shared_code);
+        if self.board.code_noticed() {
+            return;
+        }
+        let mut any = false;
+        for gpa in pages {
+            if let Some(slot) = self.slots.find(gpa) {
+                any |= note_store(slot.code_word(gpa), 0, PAGE_SIZE);
+            }
+        }
+        if any {
+            self.code_changed();
+        }
     }
 
     /// After a store changed decoded code: if it was the running block, its remaining operations

@@ -228,7 +228,12 @@ pub trait Board: Send {
     fn set_tsc(&mut self, value: u64);
     /// The first decoded code on page `gpa` (page address): every other vCPU must drop its write
     /// translations of it.
-    fn code_page(&mut self, gpa: u64);
+    /// `true`: one of them may go on storing unnoticed until [`Board::code_noticed`].
+    fn code_page(&mut self, gpa: u64) -> bool;
+    /// Whether every other vCPU has dropped what `code_page` was about.
+    fn code_noticed(&self) -> bool {
+        true
+    }
     /// This vCPU changed code: the others must not stay in what they made of it.
     fn code_changed(&mut self) {}
     /// Random bits for RDRAND and RDSEED; `None` where the host has none just now.
@@ -346,6 +351,8 @@ pub struct Cpu {
     pub(crate) pdptr: [u64; 4],
     pub(crate) tlb: Tlb,
     pub(crate) blocks: block::Blocks,
+    /// Pages with code that other vCPUs may still store to unnoticed, see [`Cpu::serialise`].
+    pub(crate) shared_code: std::collections::HashSet<u64>,
     /// Translated code; `None` where only the interpreter runs.
     pub(crate) translator: Option<Box<translate::Translator>>,
     /// x87, MMX, SSE and AVX state.
@@ -414,6 +421,7 @@ impl Cpu {
             pdptr: [0; 4],
             tlb,
             blocks: block::Blocks::default(),
+            shared_code: std::collections::HashSet::new(),
             translator: None,
             fp: Box::default(),
             scratch: None,

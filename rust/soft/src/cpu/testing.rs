@@ -55,7 +55,9 @@ impl Board for NoBoard {
         0
     }
     fn set_tsc(&mut self, _: u64) {}
-    fn code_page(&mut self, _: u64) {}
+    fn code_page(&mut self, _: u64) -> bool {
+        false
+    }
     fn hypercall(&mut self, _: u64, _: [u64; 4]) -> u64 {
         0
     }

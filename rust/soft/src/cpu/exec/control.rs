@@ -160,6 +160,7 @@ unsafe fn from_cr<const N: u8>(cpu: &mut Cpu, op: &Op) -> R {
 
 unsafe fn to_cr<const N: u8>(cpu: &mut Cpu, op: &Op) -> R {
     cpu.need_cpl0()?;
+    cpu.serialise();
     let value = cpu.wide(op.src);
     match N {
         0 => cpu.set_cr0(value)?,

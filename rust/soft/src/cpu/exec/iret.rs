@@ -175,6 +175,7 @@ impl Cpu {
 }
 
 unsafe fn iret<const WIDTH: u64>(cpu: &mut Cpu, op: &Op) -> R {
+    cpu.serialise();
     cpu.iret(WIDTH, cpu.next_rip(op))
 }
 

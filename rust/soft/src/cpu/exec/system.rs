@@ -63,6 +63,7 @@ fn bind_store_table<const IDT: bool>(b: &mut Binder) -> Option<Handler> {
 
 unsafe fn invlpg(cpu: &mut Cpu, op: &Op) -> R {
     cpu.need_cpl0()?;
+    cpu.serialise();
     let linear = cpu.effective_masked(op).wrapping_add(cpu.seg_base[op.seg()]);
     cpu.invlpg(if cpu.legacy { linear & 0xffff_ffff } else { linear });
     Err(Stop::Leave)
@@ -129,6 +130,7 @@ unsafe fn rdmsr(cpu: &mut Cpu, _: &Op) -> R {
 
 unsafe fn wrmsr(cpu: &mut Cpu, _: &Op) -> R {
     cpu.need_cpl0()?;
+    cpu.serialise();
     match cpu.write_msr(cpu.regs[1] as u32, from_edx_eax(cpu), false) {
         Ok(()) => Err(Stop::Leave),
         Err(Gp) => Err(cpu.gp(0)),
@@ -136,6 +138,7 @@ unsafe fn wrmsr(cpu: &mut Cpu, _: &Op) -> R {
 }
 
 unsafe fn cpuid(cpu: &mut Cpu, _: &Op) -> R {
+    cpu.serialise();
     let [eax, ebx, ecx, edx] = cpu.cpuid(cpu.regs[0] as u32, cpu.regs[1] as u32);
     for (register, value) in [(0, eax), (3, ebx), (1, ecx), (2, edx)] {
         cpu.regs[register] = value as u64;

@@ -223,8 +223,8 @@ impl Board for Recorder {
         self.note(Question::Random, Answer::option(value));
         value
     }
-    fn code_page(&mut self, gpa: u64) {
-        self.inner.code_page(gpa);
+    fn code_page(&mut self, gpa: u64) -> bool {
+        self.inner.code_page(gpa)
     }
     fn code_changed(&mut self) {
         self.inner.code_changed();
@@ -337,7 +337,9 @@ impl Board for Replayer {
     fn random(&mut self) -> Option<u64> {
         self.ask(Question::Random).value()
     }
-    fn code_page(&mut self, _: u64) {}
+    fn code_page(&mut self, _: u64) -> bool {
+        false
+    }
     fn hypercall(&mut self, nr: u64, args: [u64; 4]) -> u64 {
         self.value(Question::Hypercall(nr, args))
     }
