@@ -17,6 +17,7 @@ from ostler.client import guests, moving
 from ostler.client.receive import Receiver
 from ostler.control import runtime
 from ostler.errors import BadRequest, MigrationCancelled, MigrationError, OstlerError
+from ostler.host import userfault
 from ostler.migration.address import TlsFiles, parse_address
 from tests.guest.devices_guest import Guest, running
 
@@ -142,3 +143,18 @@ def test_target_that_cannot_take_the_guest_says_why_and_it_runs_on(disks: tuple[
             moving.migrate(entry, moving.Wish(address=f"unix:{tmp_path}/nobody"))
         await_counts(guest.folder, len(counts(guest.folder)) + 3)
         assert not list((runtime.root() / "migrations").glob("*.source"))
+
+
+@pytest.mark.skipif(not userfault.is_available(), reason="no userfaultfd for this user")
+def test_guest_goes_before_its_memory_and_counts_on(disks: tuple[Path, Path], tmp_path: Path) -> None:
+    there = f"late-{os.getpid()}"
+    with receiving(f"unix:{tmp_path}/in") as (address, _), counting(disks) as guest, ended_after(there):
+        facts = moving.migrate(
+            runtime.find(guest.folder.name), moving.Wish(address=address, name=there, post_copy="now")
+        )
+        first = counts(guest.folder)
+        other = runtime.find(there).path
+        last = await_counts(other, 5)
+        assert first + last == list(range(1, last[-1] + 1))
+        assert facts["left_bytes"] == 0
+        assert "wrong" not in (other / "console.log").read_text()

@@ -45,6 +45,9 @@ def migrate(  # noqa: PLR0913 - one for each option
         str | None, typer.Option(metavar="SIZE", help="At most so much a second, all guests together: 100M.")
     ] = None,
     downtime: Annotated[float, typer.Option(min=0, max=60000, metavar="MS", help="Wanted pause at most.")] = 40,
+    post_copy: Annotated[
+        str, typer.Option(metavar="never|auto|now", help="Whether a guest may go before its memory has.")
+    ] = "never",
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What the guest is called there.")] = None,
     as_json: Json = False,  # noqa: FBT002
 ) -> None:  # fmt: skip
@@ -81,7 +84,7 @@ def migrate(  # noqa: PLR0913 - one for each option
     )
     wish = moving.Wish(
         address=address, tls=tls_files(cert, key, authority), insecure=insecure, streams=streams,
-        compression=compress, bytes_per_s=_rate(bandwidth), downtime_ms=downtime, name=name,
+        compression=compress, bytes_per_s=_rate(bandwidth), downtime_ms=downtime, name=name, post_copy=post_copy,
     )  # fmt: skip
     with _Shown() as told:
         found = moving.migrate_all(entries, wish, told=told)

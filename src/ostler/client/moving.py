@@ -32,6 +32,8 @@ class Wish:
     """For all guests together."""
     downtime_ms: float = 40
     name: str | None = None
+    post_copy: str = "never"
+    """`never`, `auto` or `now`: whether the guest may go before its memory has."""
 
     def check(self) -> None:
         """Raises BadRequest."""
@@ -45,7 +47,7 @@ class Wish:
             address = f"unix:{Path(parse_address(address).path)}"
         found: dict[str, Any] = {
             "address": address, "streams": self.streams, "compression": self.compression,
-            "downtime_ms": self.downtime_ms, "bytes_per_s": bytes_per_s or 0,
+            "downtime_ms": self.downtime_ms, "bytes_per_s": bytes_per_s or 0, "post_copy": self.post_copy,
         }  # fmt: skip
         if self.name:
             found["name"] = self.name

@@ -19,7 +19,7 @@ from ostler.migration import witness
 from ostler.migration.link import Link, LinkLost, expect
 from ostler.migration.pages import Batch, DiskPart, parse_batch, parse_disk_part
 from ostler.migration.target import State, Target
-from ostler.migration.wire import CARD, LIMITS, PAGE_BYTES, Frame, Kind
+from ostler.migration.wire import CARD, LIMITS, PAGE_BYTES, RUN, Frame, Kind
 from ostler.migration.witness import Witness
 
 DOUBT_SLICE_S = 0.02
@@ -47,7 +47,8 @@ class Incoming:
         self._complete = threading.Event()
         self._error: MigrationError | None = None
         self._others: list[Link] = []
-        self.received_bytes = 0
+        self.missing: list[tuple[int, int]] = []
+        """Pages that come when the guest runs here: address and count."""
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -96,6 +97,8 @@ class Incoming:
                 self._complete.set()
         if frame.kind is Kind.PAGES:
             self._apply(parse_batch(memoryview(frame.payload), allowed=self._memory.contains))
+        elif frame.kind is Kind.MISSING:
+            self._note_missing(bytes(frame.payload))
         elif frame.kind is Kind.DISK:
             self._apply_disk(parse_disk_part(memoryview(frame.payload)))
 
@@ -107,6 +110,14 @@ class Incoming:
             return
         for gpa, content in batch.parts():
             memory.view(gpa, len(content))[:] = content
+
+    def _note_missing(self, payload: bytes) -> None:
+        if len(payload) % RUN.size:
+            raise MigrationError(f"source: MISSING of {len(payload)} bytes")
+        for gpa, count in RUN.iter_unpack(payload):
+            if gpa % PAGE_BYTES or not self._memory.contains(gpa, count * PAGE_BYTES):
+                raise MigrationError(f"source: MISSING names {count} pages at {gpa:#x}, which the guest has not got")
+            self.missing.append((gpa, count))
 
     def _apply_disk(self, part: DiskPart) -> None:
         disk = self._disks.get(part.disk)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ostler.errors import MigrationCancelled, MigrationError
+from ostler.errors import BadRequest, MigrationCancelled, MigrationError
 from ostler.memory import GuestMemory
 from ostler.migration import disks, wire, witness
 from ostler.migration.address import Address, TlsFiles
@@ -25,14 +25,15 @@ from ostler.migration.disks import Mirror
 from ostler.migration.link import Link, LinkLost, expect, open_link
 from ostler.migration.pace import Budget, Pace
 from ostler.migration.pages import COMPRESSIONS, Run
+from ostler.migration.postcopy import LeftBehind
 from ostler.migration.sender import Sender
 from ostler.migration.source import Source, State
 from ostler.migration.touched import touched
-from ostler.migration.wire import Kind
+from ostler.migration.wire import POST_COPY_STREAM, RUN, Kind
 from ostler.migration.witness import Witness
 
 T = TypeVar("T")
-HAND_OVER_TIMEOUT_S = 30.0
+HAND_OVER_TIMEOUT_S = 10.0
 DOUBT_SLICE_S = 0.02
 STRAYS_TIMEOUT_S = 1.0
 READ_BYTES = 1 << 20
@@ -87,6 +88,8 @@ class Options:
     bytes_per_s: float | None = None
     downtime_s: float = 0.04
     timeout_s: float = 30.0
+    post_copy: str = "never"
+    """`never`; `auto`: where memory changes faster than it is sent; `now`: after one round."""
 
 
 @dataclass(slots=True)
@@ -121,6 +124,14 @@ class Outgoing:
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._reported = 0.0
+        self._switch = False
+        self._left_behind: LeftBehind | None = None
+
+    def switch(self) -> None:
+        """Go over to post-copy at once, from any thread. Raises BadRequest where that was not asked for in time."""
+        if self._source.welcome is None or not self._source.welcome.post_copy:
+            raise BadRequest("migration: expected one that was begun with post-copy, on hosts that let users have it")
+        self._switch = True
 
     def cancel(self, reason: str) -> None:
         """Call it off, from any thread. Raises MigrationError when it is too late."""
@@ -154,7 +165,7 @@ class Outgoing:
         )
         offer = {
             **self._guest.offer(), "streams": options.streams, "compression": options.compression,
-            "post_copy": False, "boot": witness.boot_id(), "witness": str(witnessed.path),
+            "post_copy": options.post_copy != "never", "boot": witness.boot_id(), "witness": str(witnessed.path),
         }  # fmt: skip
         link.send(self._source.offer(offer))
         self._source.received(link.receive())
@@ -168,18 +179,47 @@ class Outgoing:
             )
             other.send(wire.pack_json(Kind.STREAM, {"secret": welcome.secret}))
             others.append(other)
+        behind = None
+        if welcome.post_copy and options.post_copy != "never":
+            behind = stack.enter_context(
+                open_link(options.address, options.tls, session, POST_COPY_STREAM, timeout_s=options.timeout_s)
+            )
+            behind.send(wire.pack_json(Kind.STREAM, {"secret": welcome.secret}))
+            expect(behind, Kind.READY)
+            self._switch = options.post_copy == "now"
+        elif options.post_copy == "now":
+            raise MigrationError(
+                "target: cannot do post-copy (userfaultfd); expected a host that lets this user have it"
+            )
         encoding = COMPRESSIONS[welcome.compression]
         sender = Sender(link, others, self._guest.memory, encoding, self.budget, self._check)
         stack.callback(sender.close)
         tracker = self._guest.tracker
         self._guest.on_loop(self._guest.begin)
-        left = self._rounds(sender, tracker)
+        left = self._rounds(sender, tracker, can_switch=behind is not None)
+        if behind is not None and self._switch:
+            self._guest.on_loop(lambda: self._hand_over(link, sender, tracker, witnessed, left, behind=behind))
+            self._serve_left_behind()
+            return
         # All of it in one go on the loop's thread: no device does anything while the guest stands still.
         self._guest.on_loop(lambda: self._hand_over(link, sender, tracker, witnessed, left))
 
     # -- while the guest runs -------------------------------------------------------------------
 
-    def _rounds(self, sender: Sender, tracker: DirtyTracker) -> list[Run]:
+    def _serve_left_behind(self) -> None:
+        """The guest runs there; what it left behind follows."""
+        left = self._left_behind
+        if left is None:
+            raise MigrationError("migration: nothing was left behind")
+        while not left.wait(0.1):
+            self._tell("post-copy", left_bytes=left.left_bytes)
+        if left.error is not None:
+            raise MigrationError(
+                f"{left.error}; the guest ran there already and cannot go on without the pages it lacks"
+            )
+        self.progress.left_bytes = 0
+
+    def _rounds(self, sender: Sender, tracker: DirtyTracker, *, can_switch: bool) -> list[Run]:
         """Send memory until little enough is left; what that is."""
         memory = self._guest.memory
         self.progress.total_bytes = memory.size_bytes
@@ -191,7 +231,7 @@ class Outgoing:
         is_first = True
         while True:
             started, waited, before = time.monotonic(), sender.waited_s, sender.sent_bytes
-            self._send_round(sender, runs, new=is_first)
+            unsent = self._send_round(sender, runs, new=is_first, may_break=not is_first)
             is_first = False
             seconds = time.monotonic() - started
             self._pace.sent(sender.sent_bytes - before, seconds - (sender.waited_s - waited))
@@ -199,13 +239,16 @@ class Outgoing:
             left = page_count(runs) * wire.PAGE_BYTES + sum(mirror.left_bytes for _, mirror in self._guest.mirrors)
             self._pace.round_ended(left, seconds)
             self._tell("memory", left_bytes=left, force=True)
-            if self._pace.may_stop(left) or self._pace.is_hopeless:
-                return runs
+            if can_switch and self._pace.is_hopeless and not self._pace.may_stop(left):
+                self._switch = True
+            if unsent or self._switch or self._pace.may_stop(left) or self._pace.is_hopeless:
+                return merged(runs, unsent)
 
-    def _send_round(self, sender: Sender, runs: list[Run], *, new: bool) -> None:
+    def _send_round(self, sender: Sender, runs: list[Run], *, new: bool, may_break: bool) -> list[Run]:
+        """Send these pages; those that were not, where post-copy is to begin."""
         left = page_count(runs)
         at = 0
-        while at < len(runs):
+        while at < len(runs) and not (self._switch and may_break):
             # By portions, so that progress can be told.
             portion, pages = [], 0
             while at < len(runs) and pages < 4096:
@@ -218,6 +261,7 @@ class Outgoing:
         for number, mirror in self._guest.mirrors:
             self._send_disk(sender, number, mirror, disks.parts(iter(mirror.take())))
         sender.flush()
+        return runs[at:]
 
     def _send_disk(self, sender: Sender, number: int, mirror: Mirror, ranges: Any, *, hurry: bool = False) -> None:
         for offset, size in ranges:
@@ -237,8 +281,9 @@ class Outgoing:
     # -- while it stands still -------------------------------------------------------------------
 
     def _hand_over(
-        self, link: Link, sender: Sender, tracker: DirtyTracker, witnessed: Witness, left: list[Run]
-    ) -> None:
+        self, link: Link, sender: Sender, tracker: DirtyTracker, witnessed: Witness, left: list[Run], *,
+        behind: Link | None = None,
+    ) -> None:  # fmt: skip
         guest, source = self._guest, self._source
         marks = [("", time.monotonic())]
 
@@ -255,7 +300,14 @@ class Outgoing:
         runs = merged(left, tracker.take())
         for number, mirror in guest.mirrors:
             self._send_disk(sender, number, mirror, disks.parts(iter(mirror.take())), hurry=True)
-        sender.pages(runs, hurry=True)
+        if behind is None:
+            sender.pages(runs, hurry=True)
+        else:
+            for piece in missing_frames(runs):
+                link.send(piece)
+            self._left_behind = LeftBehind(behind, guest.memory, runs)
+            # Already restoring the state may touch what is not there.
+            self._left_behind.start()
         done("pages")
         for at in range(0, len(state), wire.STATE_CHUNK_BYTES):
             link.send(wire.pack(Kind.STATE, state[at : at + wire.STATE_CHUNK_BYTES]))
@@ -341,3 +393,12 @@ class Outgoing:
         progress.eta_s = pace.eta_s(progress.left_bytes, self.budget.bytes_per_s)
         progress.elapsed_s = now - self._started
         self._report(progress)
+
+
+def missing_frames(runs: Sequence[Run]) -> list[bytes]:
+    """MISSING, in as many frames as it takes."""
+    most = wire.LIMITS[Kind.MISSING] // RUN.size
+    return [
+        wire.pack(Kind.MISSING, b"".join(RUN.pack(gpa, count) for gpa, count in runs[at : at + most]))
+        for at in range(0, max(len(runs), 1), most)
+    ]

@@ -67,6 +67,8 @@ class Target:
         self.secret = secrets.token_hex(wire.SECRET_BYTES)
         self.state_data = bytearray()
         self.post_copy = False
+        """Whether it was agreed on; `is_post_copy` once it is done."""
+        self.is_post_copy = False
         self._finals: set[int] = set()
         self.streams = 1
 
@@ -146,6 +148,8 @@ class Target:
                 raise MigrationError(f"source: state of more than {wire.MAX_STATE_BYTES} bytes")
         elif kind is Kind.FINAL:
             self._finals.add(stream)
+        elif kind is Kind.MISSING and stream == 0 and self.post_copy:
+            self.is_post_copy = True
         elif kind not in (Kind.PAGES, Kind.DISK, Kind.ROUND):
             raise self._odd(frame)
 

@@ -42,6 +42,8 @@ SESSION_BYTES, SECRET_BYTES = 16, 32
 PAGE_BYTES = 4096
 MAX_BATCH_PAGES = 256
 MAX_STREAMS = 16
+# The stream of post-copy, beside those that carry memory before.
+POST_COPY_STREAM = MAX_STREAMS - 1
 MAX_STATE_BYTES = 64 << 20
 STATE_CHUNK_BYTES = 1 << 20
 MAX_GPA = 1 << 46

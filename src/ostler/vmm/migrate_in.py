@@ -31,10 +31,12 @@ from ostler.migration.address import TlsFiles, tls_files
 from ostler.migration.incoming import Incoming, WritableDisk
 from ostler.migration.link import Link, accept_link
 from ostler.migration.target import Offer, Target
+from ostler.migration.wire import POST_COPY_STREAM
 from ostler.migration.witness import Witness
 from ostler.snapshot.schema import decode
 from ostler.vmm.announce import announce_cards
 from ostler.vmm.hub import HubConsole
+from ostler.vmm.late_pages import LatePages
 from ostler.vmm.migrate_out import witness_folder
 from ostler.vmm.processors import End
 from ostler.vmm.run import GuestProcess
@@ -101,6 +103,7 @@ class _Arrival:
         self._listener, self._link, self._tls, self._options = listener, link, tls, options
         self._target = Target()
         self._stack = contextlib.ExitStack()
+        self._pages: LatePages | None = None
 
     def serve(self) -> int:
         try:
@@ -171,13 +174,16 @@ class _Arrival:
         handle_signals(process)
         incoming = Incoming(self._target, self._link, process.machine.memory, disks, witnessed)
         stack.callback(incoming.close)
-        streams = min(offer.streams, int(self._options["streams"]))
+        streams = min(offer.streams, int(self._options["streams"]), POST_COPY_STREAM)
+        pages = self._pages = stack.enter_context(LatePages(process.machine.memory)) if _may_come_late(offer) else None
         self._link.send(
-            self._target.welcome(streams=streams, post_copy=False, boot=witness.boot_id(), witness=str(witnessed.path))
+            self._target.welcome(
+                streams=streams, post_copy=pages is not None, boot=witness.boot_id(), witness=str(witnessed.path)
+            )
         )
         self._listener.say("receiving", name=entry.name)
-        running = _Running(process, incoming, self._listener, entry.name)
-        if streams > 1:
+        running = _Running(process, incoming, self._listener, entry.name, pages)
+        if streams > 1 or pages is not None:
             threading.Thread(target=self._take_streams, args=(incoming,), name="streams", daemon=True).start()
         threading.Thread(target=running.receive, name="receive", daemon=True).start()
         try:
@@ -194,6 +200,11 @@ class _Arrival:
             ).start()
 
     def _take_stream(self, incoming: Incoming, number: int, connected: socket.socket) -> None:
+        if number == POST_COPY_STREAM:
+            with connected:
+                if self._pages is not None:
+                    self._pages.start(connected, self._options["tls"], self._target.secret)
+            return
         with contextlib.suppress(MigrationError):
             incoming.join(accept_link(connected, self._tls), number)
 
@@ -201,8 +212,11 @@ class _Arrival:
 class _Running:
     """From the first page to the guest's first instruction here."""
 
-    def __init__(self, process: GuestProcess, incoming: Incoming, listener: Listener, name: str) -> None:
+    def __init__(
+        self, process: GuestProcess, incoming: Incoming, listener: Listener, name: str, pages: LatePages | None
+    ) -> None:
         self._process, self._incoming, self._listener, self._name = process, incoming, listener, name
+        self._pages = pages
         self.error: BaseException | None = None
         self.runs = False
 
@@ -245,6 +259,8 @@ class _Running:
 
     def _restore(self, data: bytes) -> None:
         saved, _ = decode(data)
+        if self._incoming.target.is_post_copy and self._pages is not None:
+            self._pages.begin(self._incoming.missing)
         self._process.restore_state(saved)
 
     def _acquire(self) -> None:
@@ -264,6 +280,14 @@ class _Running:
         self._incoming.fail(str(error))
         self._incoming.close()
         self._process.quit()
+
+
+def _may_come_late(offer: Offer) -> bool:
+    if not offer.post_copy:
+        return False
+    from ostler.host.userfault import is_available
+
+    return is_available()
 
 
 def _to_the_end(process: GuestProcess, service: GuestService, running: _Running) -> Message:

@@ -26,6 +26,7 @@ from ostler.migration import wire
 from ostler.migration.address import parse_address, tls_files
 from ostler.migration.dirty import DirtyTracker
 from ostler.migration.disks import Mirror
+from ostler.migration.link import LinkLost
 from ostler.migration.outgoing import Options, Outgoing, Progress
 from ostler.migration.pages import COMPRESSIONS
 from ostler.snapshot.schema import encode
@@ -33,6 +34,7 @@ from ostler.vmm.run import GuestProcess
 from ostler.vmm.server import Connection
 
 T = TypeVar("T")
+POST_COPY = ("never", "auto", "now")
 MAX_DOWNTIME_MS, MAX_RATE = 60_000, 1 << 40
 # Python's threads give way this often while the guest's processors and the migration share it.
 SWITCH_INTERVAL_S = 0.001
@@ -208,6 +210,13 @@ class Migration:
         self._outgoing.budget.bytes_per_s = _number(arguments, "bytes_per_s", 0, MAX_RATE) or None
         return {}
 
+    def post_copy(self) -> Message:
+        """Go over to post-copy. Raises BadRequest."""
+        if self._outgoing is None:
+            raise BadRequest(f"guest {self._entry.name!r}: is not being moved")
+        self._outgoing.switch()
+        return {}
+
     def status(self) -> Message | None:
         """How far it is; None where there is none."""
         return None if self._outgoing is None else _described(self._outgoing.progress)
@@ -223,7 +232,9 @@ class Migration:
         try:
             outgoing.run()
         except OstlerError as error:
-            self._process.loop.call_soon(lambda error=error: self._failed(error))  # type: ignore[misc]
+            # By a name that clients know.
+            known = MigrationError(str(error)) if isinstance(error, LinkLost) else error
+            self._process.loop.call_soon(lambda: self._failed(known))
         except Exception as error:
             import traceback
 
@@ -273,6 +284,9 @@ def _options(arguments: Message) -> Options:
     if compression not in COMPRESSIONS:
         raise BadRequest(f"compression {compression!r}: expected one of {', '.join(COMPRESSIONS)}")
     files = tls_files(*tls)
+    post_copy = str(arguments.get("post_copy", "never"))
+    if post_copy not in POST_COPY:
+        raise BadRequest(f"post_copy {post_copy!r}: expected one of {', '.join(POST_COPY)}")
     if files is not None:
         files.context(server=False)
     return Options(
@@ -283,6 +297,7 @@ def _options(arguments: Message) -> Options:
         bytes_per_s=_number(arguments, "bytes_per_s", 0, MAX_RATE) or None,
         downtime_s=_number(arguments, "downtime_ms", 40, MAX_DOWNTIME_MS) / 1000,
         witness_folder=witness_folder(),
+        post_copy=post_copy,
     )
 
 

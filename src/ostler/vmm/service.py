@@ -71,6 +71,7 @@ class GuestService:
             "migrate": self._migrate,
             "migrate-cancel": self._migrate_cancel,
             "migrate-limit": self._migrate_limit,
+            "migrate-post-copy": self._migrate_post_copy,
         }
 
     def add_operations(self, operations: Mapping[str, Operation]) -> None:
@@ -102,6 +103,9 @@ class GuestService:
 
     def _migrate_limit(self, _connection: Connection, _number: object, arguments: Message) -> Message:
         return self._moves().limit(arguments)
+
+    def _migrate_post_copy(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
+        return self._moves().post_copy()
 
     def _has_moved(self) -> None:
         self.verdict = {"status": 0, "reason": "migrated"}
