@@ -292,9 +292,12 @@ def map_runs(block_map: bytes | mmap.mmap, first: int, stop: int) -> Iterator[tu
     """First block, length and layer of each run of blocks in the same one."""
     while first < stop:
         kind = block_map[first]
-        # There is no "find what differs"; a strip is that, in slices, so that long runs are not copied again and again.
+        # There is no "find what differs"; a strip is that, slowly, and counting is quick. In slices, so that long runs
+        # are not copied again and again.
         part = block_map[first : min(stop, first + RUN_BLOCKS)]
-        count = len(part) - len(part.lstrip(bytes([kind])))
+        count = len(part)
+        if part.count(kind) < count:
+            count -= len(part.lstrip(bytes([kind])))
         yield first, count, kind
         first += count
 

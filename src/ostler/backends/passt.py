@@ -15,6 +15,7 @@ reach the host's own address. The host's loopback services stay out of reach unl
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
 import socket
@@ -74,7 +75,8 @@ class Passt:
         self._program = find_program("passt", package="passt", instead="use --net none")
         self._deliver: Callable[[Sequence[memoryview]], int] = len
         self._writable: Callable[[], None] = _nothing
-        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
+        # A mapping: what is never filled of it takes no memory.
+        self._buffer = memoryview(mmap.mmap(-1, RECEIVE_BYTES))
         # Of the buffer: bytes received, and those of them that whole frames are made of.
         self._filled = self._consumed = 0
         self._waiting: list[memoryview] = []

@@ -159,16 +159,18 @@ class Capturer:
                 raise
 
         caught, (memory, capture) = self._catch(catch)
-        seed = Seed(folder, memory, capture, caught.pause_ms)
-        (folder / manifest.STATE).write_bytes(caught.state)
-        for name, frozen in caught.frozen.items():
-            block_map = name + disk_layers.MAP_SUFFIX
-            disk_layers.save_map(frozen, folder / block_map, flat=False)
-            layers = tuple(_own_path(fd) for fd in frozen.layers)
-            caught.disks[name] = caught.disks[name].model_copy(update={"layers": layers, "block_map": block_map})
-        identity = {"id": secrets.token_hex(8), "memory": _own_path(memory)}
-        manifest.save(self._manifest(caught, {**given, **identity}), folder)
-        return seed
+
+        def write() -> None:
+            (folder / manifest.STATE).write_bytes(caught.state)
+            for name, frozen in caught.frozen.items():
+                block_map = name + disk_layers.MAP_SUFFIX
+                disk_layers.save_map(frozen, folder / block_map, flat=False)
+                layers = tuple(_own_path(fd) for fd in frozen.layers)
+                caught.disks[name] = caught.disks[name].model_copy(update={"layers": layers, "block_map": block_map})
+            identity = {"id": secrets.token_hex(8), "memory": _own_path(memory)}
+            manifest.save(self._manifest(caught, {**given, **identity}), folder)
+
+        return Seed(folder, memory, capture, write, caught.pause_ms)
 
     # -- both ---------------------------------------------------------------------------------------
 
@@ -241,14 +243,19 @@ class Capturer:
 class Seed:
     """What children of a fork begin with, in a folder of the parent's; good as long as it is open."""
 
-    def __init__(self, folder: Path, memory: int, capture: image.Capture | None, pause_ms: float) -> None:
+    def __init__(
+        self, folder: Path, memory: int, capture: image.Capture | None, write: Callable[[], None], pause_ms: float
+    ) -> None:
+        """Takes over `memory`."""
+        self._write = write
         self.folder = folder
         self.pause_ms = pause_ms
         self._memory = memory
         self._capture = capture
 
     def finish(self) -> None:
-        """Return when the children's memory is whole. Raises HostError."""
+        """Return when everything that children begin with is there; in another thread. Raises HostError."""
+        self._write()
         if self._capture is not None:
             self._capture.finish()
 
