@@ -63,6 +63,9 @@ pub const XSAVEOPT_IMAGE: u64 = 0x2c00;
 /// Bytes of the YMM registers' upper halves.
 pub const YMM_BYTES: usize = 256;
 
+/// Where they are in an XSAVE image of either format: no component comes before them.
+pub const YMM_OFFSET: usize = 576;
+
 /// Byte offsets in an FXSAVE image.
 pub mod fx {
     /// Control word.

@@ -6,6 +6,7 @@ use crate::generate::{Generator, Need, RSP};
 use crate::layout::*;
 use crate::values::{self, Kind};
 use iced_x86::Mnemonic as M;
+use ostler_soft::host::vex::host_has_all;
 
 const RAX: u8 = 0;
 const RCX: u8 = 1;
@@ -43,7 +44,7 @@ pub fn cook(g: &mut Generator, form: &Form) -> bool {
         M::Fldcw => at_image(g, form, CONTROL_WORDS + 64, 32, 2),
         _ if form.vector_index => gather(g, form),
         // Whether registers that are all zero count as in use depends on the CPU: no sequence saves them.
-        M::Vzeroall if !g.restores => false,
+        M::Vzeroall | M::Vzeroupper if !g.restores => false,
         M::Ldmxcsr | M::Vldmxcsr => at_image(g, form, CONTROL_WORDS, 16, 4),
         M::Fxrstor | M::Fxrstor64 | M::Fxsave | M::Fxsave64 => at_image(g, form, XSAVE_IMAGES, 2, 0x400),
         M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => xsave(g, form),
@@ -277,7 +278,7 @@ fn at_image(g: &mut Generator, form: &Form, image: u64, count: u64, step: u64) -
     plain(g, form, Need { align: 1, at: Some(image + index * step + odd) })
 }
 
-/// XSAVE and its kin: only x87 and SSE are asked for, the rest of the host's state is its own.
+/// XSAVE and its kin: x87, SSE and AVX are asked for, the rest of the host's state is its own.
 fn xsave(g: &mut Generator, form: &Form) -> bool {
     // A component that was set to its initial state and touched since: whether it counts as in use
     // depends on the CPU. So no sequence both restores and saves.
@@ -297,7 +298,7 @@ fn xsave(g: &mut Generator, form: &Form) -> bool {
     if [address.base, address.index.map(|(register, _)| register)].iter().flatten().any(|&r| r == RAX || r == RDX) {
         return false;
     }
-    let mask = g.rng.below(4);
+    let mask = g.rng.below(if host_has_all() { 8 } else { 4 });
     g.load(RAX, mask, Kind::Small);
     g.load(RDX, 0, Kind::Small);
     g.glue();

@@ -257,10 +257,14 @@ pub fn put_images(area: &mut [u8], seed: u64) {
     let mut rng = Rng::new(seed ^ 0x1ace);
     let (standard, rest) = area.split_at_mut(0x400);
     let (compacted, rest) = rest.split_at_mut(0x400);
-    for (image, layout) in [(standard, 0), (compacted, 1 << 63 | 3u64)] {
+    let all = if host_has_all() { 7 } else { 3 };
+    for (image, layout) in [(standard, 0), (compacted, 1 << 63 | all)] {
         image.fill(0);
         put_fx(image, &mut rng);
-        let present = if rng.percent(70) { 3 } else { rng.below(4) };
+        for chunk in image[YMM_OFFSET..YMM_OFFSET + YMM_BYTES].chunks_exact_mut(8) {
+            chunk.copy_from_slice(&memory_word(&mut rng).to_le_bytes());
+        }
+        let present = if rng.percent(70) { all } else { rng.below(all + 1) };
         image[512..520].copy_from_slice(&present.to_le_bytes());
         image[520..528].copy_from_slice(&layout.to_le_bytes());
     }
@@ -312,7 +316,7 @@ pub fn initial_state(rng: &mut Rng, kinds: &[Kind; 16], bits: u32) -> State {
     state.fs = pointer(rng) & !63;
     state.gs = pointer(rng) & !63;
     put_fx(&mut state.fx, rng);
-    if host_has_all() && rng.percent(90) {
+    if host_has_all() {
         for chunk in state.ymm.chunks_exact_mut(8) {
             chunk.copy_from_slice(&memory_word(rng).to_le_bytes());
         }
