@@ -25,6 +25,8 @@ DEFAULT_GRACE_S = 30.0
 BACKLOG_BYTES, RECEIVE_BYTES = 4 << 20, 64 << 10
 # How long a VM process may take to put its things away after it has told everyone of the end.
 TIDY_S, TIDY_SLICE_S = 10.0, 0.01
+# Longer than a guest stands still while it is saved or moved.
+STILL_S, STILL_SLICE_S = 0.5, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +122,15 @@ def wait(entry: Entry, *, timeout_s: float | None = None) -> dict[str, Any]:
 
 
 def refuse_paused(entry: Entry) -> None:
-    """Raise GuestPaused for a guest whose agent cannot answer because it is paused."""
-    if _state(entry) == "paused":
+    """Raise GuestPaused for a guest whose agent cannot answer because it is paused.
+
+    A guest that stands still only while it is saved or moved has a moment to go on.
+    """
+    deadline = time.monotonic() + STILL_S
+    while _state(entry) == "paused":
+        if time.monotonic() < deadline:
+            time.sleep(STILL_SLICE_S)
+            continue
         raise GuestPaused(f"guest {entry.name!r}: is paused; `ostler resume {entry.name}` lets it go on")
 
 
