@@ -58,6 +58,7 @@ bench: setup ## Engine speed, start to power-off, programs in a guest, beside QE
 	@$(PY) -m benches.workloads --json bench.json --picture bench.png
 	@$(PY) -m benches.network
 	@$(PY) -m benches.disks
+	@$(PY) -m benches.migration
 
 bars: setup ## Every promised figure, measured for real; takes long
 	@command -v mmdebstrap >/dev/null || tools/apt-install mmdebstrap

@@ -77,15 +77,16 @@ def migrate(  # noqa: PLR0913 - one for each option
         raise BadRequest(f"guest: missing before the address {address!r}; --all means every one")
     if name is not None and (everything or len(names) > 1):
         raise BadRequest(f"name {name!r}: expected one guest beside it")
+    wish = moving.Wish(
+        address=address, tls=tls_files(cert, key, authority), insecure=insecure, streams=streams,
+        compression=compress, bytes_per_s=_rate(bandwidth), downtime_ms=downtime, name=name, post_copy=post_copy,
+    )  # fmt: skip
+    wish.check()
     entries = (
         [each for each in runtime.entries() if each.is_running()]
         if everything
         else [runtime.find(each) for each in names]
     )
-    wish = moving.Wish(
-        address=address, tls=tls_files(cert, key, authority), insecure=insecure, streams=streams,
-        compression=compress, bytes_per_s=_rate(bandwidth), downtime_ms=downtime, name=name, post_copy=post_copy,
-    )  # fmt: skip
     with _Shown() as told:
         found = moving.migrate_all(entries, wish, told=told)
     failed = [error for error in found.values() if isinstance(error, Exception)]

@@ -127,6 +127,11 @@ class Outgoing:
         self._switch = False
         self._left_behind: LeftBehind | None = None
 
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether the guest was handed over and nobody could say that it runs there."""
+        return self._source.state is State.COMMITTED
+
     def switch(self) -> None:
         """Go over to post-copy at once, from any thread. Raises BadRequest where that was not asked for in time."""
         if self._source.welcome is None or not self._source.welcome.post_copy:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +19,7 @@ from ostler.migration.source import TargetFate
 from ostler.migration.target import SourceFate
 
 WORD_BYTES = 16
+KEPT_S = 24 * 3600.0
 # The source's words and the target's.
 MOVING, STOPPED, ABORTED, COMMITTED = "moving", "stopped", "aborted", "committed"
 RECEIVING, PREPARED, RUNNING = "receiving", "prepared", "running"
@@ -74,6 +76,15 @@ def look(path: Path) -> tuple[str, bool] | None:
     finally:
         os.close(fd)
     return word, lives
+
+
+def tidy(folder: Path) -> None:
+    """Remove what sides that were killed have left lying, once nobody can be waiting to read it any more."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            seen = look(path)
+            if seen is not None and not seen[1] and time.time() - path.stat().st_mtime > KEPT_S:
+                path.unlink()
 
 
 def source_fate(path: Path) -> SourceFate:

@@ -22,7 +22,7 @@ from ostler.control import runtime
 from ostler.control.wire import Message, pack_error
 from ostler.devices.virtio.blk import Block
 from ostler.errors import BadRequest, HostError, MigrationError, OstlerError
-from ostler.migration import wire
+from ostler.migration import wire, witness
 from ostler.migration.address import parse_address, tls_files
 from ostler.migration.dirty import DirtyTracker
 from ostler.migration.disks import Mirror
@@ -79,7 +79,7 @@ class MovingGuest:
         return {
             "name": self._name,
             "spec": json.loads(spec.model_dump_json()),
-            "facts": self._facts,
+            "facts": {**self._facts, "paused": self._was_paused},
             "disks": [
                 {"number": number, "size_bytes": block.disk.size_bytes, "goes_along": overlay}
                 for number, block, overlay in self._blocks
@@ -180,6 +180,7 @@ class Migration:
         self._guest: MovingGuest | None = None
         self._thread: threading.Thread | None = None
         self._asked: tuple[Connection, object] | None = None
+        self._doubtful: MovingGuest | None = None
         self.moved_to: str | None = None
 
     def start(self, connection: Connection, number: object, arguments: Message) -> None:
@@ -251,7 +252,16 @@ class Migration:
         if self._asked is not None:
             connection, number = self._asked
             connection.send({"id": number, "error": pack_error(error)})
+        if self._outgoing is not None and self._outgoing.is_in_doubt:
+            self._doubtful = self._guest
         self._outgoing = self._guest = self._asked = None
+
+    def take_back(self) -> None:
+        """The user says that the guest does not run there: it is ours again, and about to be resumed. Loop thread."""
+        guest, self._doubtful = self._doubtful, None
+        if guest is not None:
+            guest.take_back()
+            guest.go_on()
 
     def _moved(self, outgoing: Outgoing, address: str) -> None:
         self.moved_to = address
@@ -305,6 +315,7 @@ def witness_folder() -> Path:
     """Where both sides of a migration on this host look. Raises HostError."""
     folder = runtime.root() / "migrations"
     folder.mkdir(mode=0o700, exist_ok=True)
+    witness.tidy(folder)
     return folder
 
 

@@ -202,6 +202,8 @@ class GuestService:
         return {}
 
     def _resume(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
+        if self._migration is not None:
+            self._migration.take_back()
         if self._process.is_paused:
             self._process.resume()
             self.announce("resumed")
