@@ -1,11 +1,5 @@
 """An accelerator whose processors follow scripts: the machine and its process, tested without a CPU.
 
-A script is a generator that yields what its processor does next and receives what reads gave:
-
-    def guest() -> Script:
-        status = yield In(0x3FD)
-        yield Out(0x3F8, 0x41)
-
 A processor whose script has ended halts until it is kicked. Only the interface that machines use
 is played; state structures are kept and given back.
 """
@@ -13,8 +7,7 @@ is played; state structures are kept and given back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -38,58 +31,7 @@ from ostler.accel.api import (
     Xcrs,
 )
 from ostler.accel.models import model
-
-
-@dataclass(frozen=True, slots=True)
-class Out:
-    """A port write; several items make a string instruction."""
-
-    port: int
-    value: int
-    size: int = 1
-    count: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class In:
-    """A port read, which the script receives as an integer."""
-
-    port: int
-    size: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """A memory write outside of slots."""
-
-    address: int
-    value: int
-    size: int = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A memory read outside of slots."""
-
-    address: int
-    size: int = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Any other exit."""
-
-    reason: ExitReason
-    code: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Halt:
-    """Wait for an interrupt line that goes up, or for a kick."""
-
-
-Action = Out | In | Store | Load | Stop | Halt
-Script = Generator[Action, int, None]
+from ostler.testing.fake_script import Action, Halt, In, Out, Script, Stop, Store
 
 
 class _View:

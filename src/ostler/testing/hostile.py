@@ -22,7 +22,8 @@ from ostler.bus import MmioBus
 from ostler.devices.pci.config import BAR0, COMMAND
 from ostler.devices.pci.host import Ecam, HostBridge, PciRange
 from ostler.devices.virtio.device import VirtioDevice
-from ostler.devices.virtio.pci import BAR_SIZE, DEVICE_CONFIG, NOTIFY, PciWiring, VirtioPci
+from ostler.devices.virtio.pci import PciWiring, VirtioPci
+from ostler.devices.virtio.pci_function import BAR_SIZE, DEVICE_CONFIG, NOTIFY
 from ostler.memory import GuestMemory, layout
 from ostler.testing.virtio_pci import PciDriver
 

@@ -9,7 +9,7 @@ from ostler.abi.virtio import pci as abi
 from ostler.abi.virtio.common import Status
 from ostler.bus import MmioBus
 from ostler.devices.pci.config import BAR0, COMMAND, Command
-from ostler.devices.virtio.pci import COMMON, DEVICE_CONFIG, ISR, NOTIFY, NOTIFY_MULTIPLIER
+from ostler.devices.virtio.pci_function import COMMON, DEVICE_CONFIG, ISR, NOTIFY, NOTIFY_MULTIPLIER
 from ostler.memory import GuestMemory
 from ostler.memory.layout import PCI_ECAM_BASE
 from ostler.testing.virtio import Arena, DriverQueue, Sent

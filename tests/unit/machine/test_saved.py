@@ -13,7 +13,8 @@ from ostler.accel.models import model
 from ostler.errors import StateError
 from ostler.machine import saved
 from ostler.machine.machine import Machine
-from ostler.testing.fake_accel import FakeVcpu, Script, Stop
+from ostler.testing.fake_accel import FakeVcpu
+from ostler.testing.fake_script import Script, Stop
 
 SPEC_CTRL, TSC = 0x48, 0x10
 

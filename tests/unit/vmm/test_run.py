@@ -13,7 +13,8 @@ from ostler.accel.api import ExitReason
 from ostler.config import GuestSpec, parse_guest
 from ostler.errors import BadRequest, GuestPanic, GuestStuck, TripleFault
 from ostler.testing import kernels
-from ostler.testing.fake_accel import FakeAccel, Halt, In, Load, Out, Script, Stop, Store
+from ostler.testing.fake_accel import FakeAccel
+from ostler.testing.fake_script import Halt, In, Load, Out, Script, Stop, Store
 
 COM1 = 0x3F8
 IMAGE = kernels.elf64(b"\x0f\x0b" + b"\xf4" * 30, note=kernels.xen_note(0x10_0000))

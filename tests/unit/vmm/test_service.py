@@ -18,7 +18,8 @@ from ostler.control.logfile import RotatedLog
 from ostler.control.wire import MAX_LINE_BYTES, encode
 from ostler.errors import BadRequest, GuestNotFound, HostError, OstlerError
 from ostler.testing import kernels
-from ostler.testing.fake_accel import FakeAccel, Halt, In, Out, Script
+from ostler.testing.fake_accel import FakeAccel
+from ostler.testing.fake_script import Halt, In, Out, Script
 from ostler.vmm.hub import HubConsole
 from ostler.vmm.run import GuestProcess
 from ostler.vmm.server import ControlServer

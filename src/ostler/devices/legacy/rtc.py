@@ -15,10 +15,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ostler.devices.legacy.rtc_registers import A, B, C
 from ostler.devices.state import Saved, blob, load, save, uint
 from ostler.devices.wiring import NS_PER_SECOND, Clock, IrqLine, Timer
 from ostler.errors import StateError
-from ostler.registers import Register, bit, field
 
 CMOS_SIZE = 128
 
@@ -32,38 +32,6 @@ UPDATE_NS = 2_228_000
 # The latest second that still has a four-digit year.
 LATEST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))
 OFFSET_BIAS = 1 << 69
-
-
-class A(Register):
-    """Register A: divider and periodic rate."""
-
-    RATE = field(0, 4)
-    DIVIDER = field(4, 3)
-    UPDATE_IN_PROGRESS = bit(7)
-
-
-class B(Register):
-    """Register B: formats and interrupt enables."""
-
-    DAYLIGHT = bit(0)
-    HOURS_24 = bit(1)
-    BINARY = bit(2)
-    SQUARE_WAVE = bit(3)
-    UPDATE = bit(4)
-    ALARM = bit(5)
-    PERIODIC = bit(6)
-    SET = bit(7)
-
-
-class C(Register):
-    """Register C: interrupt flags, cleared by reading. Their places match those in B."""
-
-    UPDATE = bit(4)
-    ALARM = bit(5)
-    PERIODIC = bit(6)
-    IRQ = bit(7)
-
-
 VALID_RAM_AND_TIME = 0x80
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ostler.devices.legacy import rtc
-from ostler.devices.legacy.rtc import A, B, C, Rtc
+from ostler.devices.legacy.rtc import Rtc
+from ostler.devices.legacy.rtc_registers import A, B, C
 from ostler.devices.wiring import NS_PER_SECOND
 from ostler.errors import StateError
 from ostler.testing.fakes import FakeClock, FakeTimer, RecordedLine

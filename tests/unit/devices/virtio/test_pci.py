@@ -16,7 +16,7 @@ from ostler.devices.pci.config import COMMAND, Command
 from ostler.devices.state import Saved
 from ostler.devices.virtio.chain import QueueError
 from ostler.devices.virtio.device import VirtioDevice
-from ostler.devices.virtio.pci import NOTIFY
+from ostler.devices.virtio.pci_function import NOTIFY
 from ostler.devices.virtio.queue import Virtqueue
 from ostler.devices.virtio.transport import RING_FEATURES
 from ostler.errors import BadRequest, StateError
