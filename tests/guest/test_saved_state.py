@@ -30,6 +30,33 @@ echo "end $sum"
 """
 
 
+GENERATION = b"""#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /tmp
+/bin/busybox mount -t proc proc /proc
+echo "before"
+n=0
+while [ $n -lt 200 ] && ! /bin/busybox dmesg | /bin/busybox grep "crng reseeded due to virtual machine fork"; do
+    n=$((n + 1))
+    /bin/busybox usleep 20000
+done
+/bin/busybox poweroff -f
+"""
+
+
+def test_guest_that_goes_on_as_another_draws_other_random_numbers() -> None:
+    opened = accel.open("soft")
+    # The kernel of Debian 12's cloud has no driver for the generation ID.
+    kernel = kernels.fetch("debian-13-cloud")
+    image = initrd.build({"init": GENERATION, "bin/busybox": initrd.busybox_program().read_bytes()})
+    spec = GuestSpec(kernel=kernel.image, initrd=image, memory="192M", append="console=ttyS0 quiet")
+    with closing(opened), watched(spec, opened) as guest:
+        machine = guest.process.machine
+        machine.load(read_kernel(kernel.image), initrd=image.read_bytes(), cmdline="console=ttyS0 quiet panic=-1")
+        end = guest.run([(b"before", 0)], then=machine.begin_generation)
+    assert end.kind is EndKind.POWER_OFF
+    assert b"crng reseeded due to virtual machine fork" in guest.console, guest.console[-2000:]
+
+
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_saved_state_of_running_linux_goes_on_in_a_new_machine(cpus: int) -> None:
     opened = accel.open("soft")

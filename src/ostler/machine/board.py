@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from ostler.boot.acpi import AcpiPci, AcpiPlatform
+from ostler.boot.acpi import AcpiGeneration, AcpiPci, AcpiPlatform
 from ostler.bus import MmioBus, PortBus
 from ostler.devices.acpi import pm
 from ostler.devices.legacy import debug, fw_cfg
@@ -53,6 +53,7 @@ RESET_VALUE = 0x06
 IOAPIC_ID = 0
 # IOAPIC inputs that a PC's own devices leave alone.
 PCI_GSIS = (16, 17, 18, 19)
+GENERATION_GSI = 20
 # The BIOS memory map is older than 4 GiB of memory; CMOS keeps only what fits its fields.
 CMOS_KIB_LIMIT = 0xFFFF
 
@@ -148,6 +149,7 @@ class Board:
                 config_port=PCI_PORT,
                 pin_gsis=PCI_GSIS,
             ),
+            generation=AcpiGeneration(layout.GENERATION_ID, GENERATION_GSI),
         )
 
     def plug(self, name: str, device: VirtioDevice, memory: GuestMemory) -> VirtioPci:
@@ -161,6 +163,11 @@ class Board:
         self.pci.add(slot, transport.function, gsi=PCI_GSIS[slot % len(PCI_GSIS)])
         self._stateful[f"PCI {slot:02x}.0 {name}"] = transport
         return transport
+
+    def tell_generation(self) -> None:
+        """The generation ID in the guest's memory is another: an edge, under the lock."""
+        for level in (1, 0):
+            self._chipset.drive_gsi(GENERATION_GSI, level)
 
     def save(self) -> dict[str, Saved]:
         """The state of every device that has one, by name; under the lock."""

@@ -9,6 +9,7 @@ told of every write.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -26,7 +27,7 @@ from ostler.machine.board import Board, Chipset, Wiring
 from ostler.machine.doorbells import Doorbells
 from ostler.machine.processor import enable_extended_states, enter, give_pics_their_vectors, wire_local_interrupts
 from ostler.memory import GuestMemory
-from ostler.memory.layout import PAGE_SIZE
+from ostler.memory.layout import GENERATION_ID, GENERATION_ID_BYTES, PAGE_SIZE
 
 if TYPE_CHECKING:
     from ostler.config import GuestSpec
@@ -87,8 +88,15 @@ class Machine:
     def load(self, kernel: Kernel, *, initrd: bytes | None, cmdline: str) -> None:
         """Place tables, kernel and initrd and point the first processor at them. Raises BadRequest."""
         rsdp = install_tables(self.memory, self.board.acpi_platform())
+        self.memory.write(GENERATION_ID, os.urandom(GENERATION_ID_BYTES))
         entry = load_guest(self.memory, kernel, initrd=initrd, cmdline=cmdline, rsdp=rsdp)
         enter(self.vcpus[0], entry)
+
+    def begin_generation(self) -> None:
+        """The guest goes on as another than it was: its kernel is told to draw random numbers of its own."""
+        self.memory.write(GENERATION_ID, os.urandom(GENERATION_ID_BYTES))
+        with self.board.lock:
+            self.board.tell_generation()
 
     def _new_vcpu(self, number: int) -> VCPU:
         vcpu = self.vm.create_vcpu(number)

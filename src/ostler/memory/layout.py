@@ -35,6 +35,8 @@ PCI_HIGH_START = Gpa(PHYSICAL_LIMIT - PCI_HIGH_SIZE)
 EBDA_START = Gpa(0x9_FC00)
 ACPI_START = Gpa(0xE_0000)
 ACPI_LIMIT = Gpa(0x10_0000)
+# The last page of the tables' area: sixteen bytes that differ whenever the guest is another than it was.
+GENERATION_ID, GENERATION_ID_BYTES = Gpa(0xF_F000), 16
 HIGH_MEMORY_START = Gpa(0x10_0000)
 
 IOAPIC_BASE = Gpa(0xFEC0_0000)

@@ -121,6 +121,7 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
         else:
             origin.complete(process.machine.memory)
             process.restore_state(origin.saved)
+            process.machine.begin_generation()
             # It still uses the addresses of the guest it was; its agent can be told those that belong to this one.
             facts["macs"] = [
                 {"mac": card.mac.hex(":"), "new_mac": card.own_mac.hex(":")}

@@ -12,6 +12,7 @@ from __future__ import annotations
 ZERO_OP, ONE_OP, ONES_OP = b"\x00", b"\x01", b"\xff"
 NAME_OP, SCOPE_OP, BUFFER_OP, PACKAGE_OP, METHOD_OP, RETURN_OP = b"\x08", b"\x10", b"\x11", b"\x12", b"\x14", b"\xa4"
 BYTE_PREFIX, WORD_PREFIX, DWORD_PREFIX, STRING_PREFIX, QWORD_PREFIX = b"\x0a", b"\x0b", b"\x0c", b"\x0d", b"\x0e"
+NOTIFY_OP = b"\x86"
 DEVICE_OP = b"\x5b\x82"
 DUAL_NAME_PREFIX, MULTI_NAME_PREFIX = b"\x2e", b"\x2f"
 
@@ -107,6 +108,11 @@ def returns(value: bytes) -> bytes:
     return RETURN_OP + value
 
 
+def notify(path: str, value: int) -> bytes:
+    """Notify(path, value)."""
+    return NOTIFY_OP + name_string(path) + integer(value)
+
+
 def argument(number: int) -> bytes:
     """Arg0 to Arg6 inside a method."""
     return bytes([0x68 + number])
@@ -123,6 +129,11 @@ def io_ports(start: int, size: int) -> bytes:
 def isa_irq(line: int) -> bytes:
     """An edge-triggered, active-high, exclusive ISA interrupt."""
     return b"\x22" + (1 << line).to_bytes(2, "little")
+
+
+def interrupt(gsi: int) -> bytes:
+    """An edge-triggered, active-high, exclusive interrupt by its global number (6.4.3.6)."""
+    return b"\x89\x06\x00\x03\x01" + gsi.to_bytes(4, "little")
 
 
 def memory32(start: int, size: int) -> bytes:

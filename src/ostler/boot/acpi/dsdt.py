@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ostler.boot.acpi import aml
-from ostler.boot.acpi.platform import AcpiPci, AcpiPlatform
+from ostler.boot.acpi.platform import AcpiGeneration, AcpiPci, AcpiPlatform
 
 STATUS_PRESENT_AND_WORKING = 0x0F
+GENERATION_DEVICE, DEVICE_CHANGED = "VGEN", 0x80
 
 
 def dsdt_body(platform: AcpiPlatform) -> bytes:
@@ -15,6 +16,8 @@ def dsdt_body(platform: AcpiPlatform) -> bytes:
     devices.append(_rtc(platform))
     if platform.pvpanic_port is not None:
         devices.append(_pvpanic(platform.pvpanic_port))
+    if platform.generation is not None:
+        devices += [_generation_id(platform.generation), _events(platform.generation)]
     if platform.pci is not None:
         devices += [_motherboard(platform.pci), _host_bridge(platform.pci)]
     sleep_type = aml.integer(platform.sleep_type_s5)
@@ -53,6 +56,30 @@ def _pvpanic(port: int) -> bytes:
         aml.name("_HID", aml.string("QEMU0001")),
         _status(),
         aml.name("_CRS", aml.resource_template(aml.io_ports(port, 1))),
+    )
+
+
+def _generation_id(generation: AcpiGeneration) -> bytes:
+    """Microsoft's "Virtual Machine Generation ID": a guest whose ID changes is a copy, and seeds its numbers anew."""
+    address = aml.package(aml.integer(generation.address & 0xFFFF_FFFF), aml.integer(generation.address >> 32))
+    return aml.device(
+        GENERATION_DEVICE,
+        aml.name("_HID", aml.string("OSTL0001")),
+        aml.name("_CID", aml.string("VM_Gen_Counter")),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        _status(),
+        aml.name("ADDR", address),
+    )
+
+
+def _events(generation: AcpiGeneration) -> bytes:
+    """The generic event device (5.6.9): its one interrupt tells the device above."""
+    return aml.device(
+        "GED",
+        aml.name("_HID", aml.string("ACPI0013")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", aml.resource_template(aml.interrupt(generation.gsi))),
+        aml.method("_EVT", 1, aml.notify(f"\\_SB.{GENERATION_DEVICE}", DEVICE_CHANGED)),
     )
 
 

@@ -25,6 +25,14 @@ class AcpiPci:
 
 
 @dataclass(frozen=True, slots=True)
+class AcpiGeneration:
+    """The virtual machine generation ID: where it lies, and the input that says that it has changed."""
+
+    address: int
+    gsi: int
+
+
+@dataclass(frozen=True, slots=True)
 class AcpiPlatform:
     """Ports, interrupt lines and processors, as the operating system is to find them."""
 
@@ -46,3 +54,4 @@ class AcpiPlatform:
     rtc_century_index: int
     pvpanic_port: int | None
     pci: AcpiPci | None = None
+    generation: AcpiGeneration | None = None

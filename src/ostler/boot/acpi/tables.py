@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ostler.boot.acpi.dsdt import dsdt_body
 from ostler.boot.acpi.platform import AcpiPci, AcpiPlatform
 from ostler.memory import Gpa, GuestMemory
-from ostler.memory.layout import ACPI_LIMIT, ACPI_START
+from ostler.memory.layout import ACPI_START, GENERATION_ID
 
 HEADER_SIZE = 36
 OEM_ID, OEM_TABLE_ID, CREATOR = b"OSTLER", b"OSTLERPC", b"OSTL"
@@ -62,8 +62,8 @@ def build_tables(platform: AcpiPlatform, *, base: Gpa = ACPI_START) -> AcpiTable
 def install_tables(memory: GuestMemory, platform: AcpiPlatform) -> Gpa:
     """Write the tables below 1 MiB; returns the RSDP's address."""
     tables = build_tables(platform)
-    if tables.base + len(tables.data) > ACPI_LIMIT:
-        raise ValueError(f"ACPI tables of {len(tables.data)} bytes do not fit below {ACPI_LIMIT:#x}")
+    if tables.base + len(tables.data) > GENERATION_ID:
+        raise ValueError(f"ACPI tables of {len(tables.data)} bytes do not fit below {GENERATION_ID:#x}")
     memory.write(tables.base, tables.data)
     return tables.rsdp
 

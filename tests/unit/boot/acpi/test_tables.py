@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ostler.boot.acpi import AcpiPci, AcpiPlatform, build_tables, install_tables
+from ostler.boot.acpi import AcpiGeneration, AcpiPci, AcpiPlatform, build_tables, install_tables
 from ostler.boot.acpi.tables import AcpiTables
 from ostler.memory import GuestMemory
 from ostler.memory.layout import ACPI_LIMIT
@@ -38,6 +38,7 @@ def platform(cpus: int = 2) -> AcpiPlatform:
             ecam_base=0xE000_0000, ecam_size=0x10_0000, low_start=0xC000_0000, low_size=0x2000_0000,
             high_start=0x78_0000_0000, high_size=0x8_0000_0000, config_port=0xCF8, pin_gsis=(16, 17, 18, 19),
         ),
+        generation=AcpiGeneration(0xF_F000, 20),
     )  # fmt: skip
 
 
@@ -135,6 +136,11 @@ def test_reference_disassembler_reads_table(signature: bytes, tmp_path: Path) ->
             "PNP0A08",
             "PNP0C02",
             "_PRT",
+            "VM_Gen_Counter",
+            "0x000FF000",
+            "ACPI0013",
+            "Notify (\\_SB.VGEN, 0x80)",
+            "0x00000014",
         ):
             assert expected in text
         again = subprocess.run(
