@@ -103,3 +103,13 @@ def test_orderly_signals_unwind_with_the_shells_status() -> None:
 
     assert caught.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("redirect", "expected"), [("0<&-", "None"), ("</dev/null", "0")])
+def test_standard_input_is_none_only_where_the_caller_closed_it(redirect: str, expected: str) -> None:
+    script = "from ostler.cli import terminal; print(terminal.standard_input())"
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, script],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == expected
