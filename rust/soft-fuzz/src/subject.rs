@@ -10,6 +10,7 @@ use crate::select::{is_safe, usable};
 use iced_x86::{Decoder, DecoderOptions};
 use ostler_soft::cpu::state::{cr0, cr4, efer, rflags, seg, DescriptorTable, Segment};
 use ostler_soft::cpu::testing::NoBoard;
+use ostler_soft::cpu::translate::{Budget, MEMORY};
 use ostler_soft::cpu::{attention, Cpu, Shared, Stop, R};
 use ostler_soft::host::fxsave::{fxrstor, fxsave, Format, FXSAVE_BYTES};
 use ostler_soft::mem::{note_store, zeroed_words, Slot, SlotMap};
@@ -88,7 +89,7 @@ impl Subject {
     /// The same with the translator, which translates what was executed `hot` times.
     pub fn translating(hot: u32) -> Result<Self, String> {
         let mut subject = Self::new()?;
-        if !subject.cpu.use_translator(hot) {
+        if !subject.cpu.use_translator(hot, Budget::share(MEMORY, 4)) {
             return Err("no memory for translated code".to_owned());
         }
         Ok(subject)

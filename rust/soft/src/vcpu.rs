@@ -16,7 +16,7 @@ use crate::clock::lock;
 use crate::cpu::lockstep::Lockstep;
 use crate::cpu::run::RunEnd;
 use crate::cpu::state::rflags;
-use crate::cpu::translate::HOT;
+use crate::cpu::translate::{Budget, HOT, MEMORY};
 use crate::cpu::{attention, Board, Cpu, Exit};
 use crate::ioctl::requests::*;
 use crate::ioctl::{cpuid, events, int, msrs, regs, sregs, xstate, Answer};
@@ -31,6 +31,14 @@ pub(crate) use crate::runpage::RUN_PAGE_BYTES;
 /// translator follow it when it says `lockstep`.
 const ENGINE: &str = "OSTLER_ENGINE";
 
+/// The environment variable with the MiB that a VM's translations may take.
+const LIMIT: &str = "OSTLER_TRANSLATION_MIB";
+
+fn memory() -> usize {
+    let mib = std::env::var(LIMIT).ok().and_then(|text| text.parse::<usize>().ok());
+    mib.and_then(|mib| mib.checked_mul(1 << 20)).map_or(MEMORY, |bytes| bytes.min(1 << 30))
+}
+
 /// What only one thread at a time may hold.
 struct Core {
     cpu: Box<Cpu>,
@@ -38,6 +46,8 @@ struct Core {
     waiting: Option<Exit>,
     /// The second engine behind `cpu`, where that is asked for.
     lockstep: Option<Box<Lockstep>>,
+    /// It is to get a translator when it runs: by then it is known how many vCPUs share the memory for that.
+    translate: bool,
 }
 
 struct Inner {
@@ -67,12 +77,9 @@ impl Vcpu {
             (lockstep, board) = (Some(follower), recorder);
         }
         let mut cpu = Cpu::new(id, local.machine.slots(), local.peer.shared.clone(), board);
-        if engine != "interp" && engine != "lockstep" {
-            // Without memory for code the interpreter does it all.
-            cpu.use_translator(HOT);
-        }
         cpu.wait_sipi = local.lapic().is_some() && !local.machine.is_boot_vcpu(id);
-        let core = Mutex::new(Core { cpu, waiting: None, lockstep });
+        let translate = engine != "interp" && engine != "lockstep";
+        let core = Mutex::new(Core { cpu, waiting: None, lockstep, translate });
         Ok(Self { inner: Arc::new(Inner { local, page, core }) })
     }
 
@@ -80,6 +87,10 @@ impl Vcpu {
     pub fn run(&self) -> Answer<()> {
         let inner = &*self.inner;
         let mut core = lock(&inner.core);
+        if std::mem::take(&mut core.translate) {
+            // Without memory for code the interpreter does it all.
+            core.cpu.use_translator(HOT, Budget::share(memory(), inner.local.machine.peers.len()));
+        }
         let inside = inner.local.peer.inside();
         let exit = inner.advance(&mut core);
         drop(inside);

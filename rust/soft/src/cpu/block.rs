@@ -28,7 +28,8 @@ const MAX_INSTRUCTION: usize = 15;
 const JUMPS: usize = 4096;
 /// Operations per arena chunk.
 const CHUNK_OPS: usize = 32 * 1024;
-/// Bound on all operations cached: 24 MiB. Beyond it everything is dropped and decoded anew.
+/// Bound on all operations cached, in chunks of a MiB, without a translator. Beyond it everything is dropped and
+/// decoded anew.
 const MAX_CHUNKS: usize = 24;
 
 /// A successor within the same page: RIP relative to this block's start, and the block there.
@@ -126,6 +127,7 @@ pub struct Blocks {
     /// The block in execution, so that a store into it can cut it short.
     pub(crate) current: *mut Block,
     pub(crate) thunks: Thunks,
+    pub(crate) max_chunks: usize,
     /// Blocks decoded so far.
     pub decoded: u64,
     /// How often everything was dropped: pointers from before are void.
@@ -141,6 +143,7 @@ impl Default for Blocks {
             jumps: vec![Jump { linear: 0, context: u64::MAX, block: std::ptr::null_mut() }; JUMPS].into_boxed_slice(),
             current: std::ptr::null_mut(),
             thunks: Thunks::default(),
+            max_chunks: MAX_CHUNKS,
             decoded: 0,
             clears: 0,
         }
@@ -375,7 +378,7 @@ impl Cpu {
     fn decode_block(&mut self, linear: u64) -> R<*mut Block> {
         let (gpa, host) = self.locate(linear)?;
         let key = self.key(host);
-        if self.blocks.chunks.len() >= MAX_CHUNKS {
+        if self.blocks.chunks.len() >= self.blocks.max_chunks {
             self.blocks.clear();
         }
         let in_page = (PAGE_SIZE - (gpa & 0xfff)) as usize;

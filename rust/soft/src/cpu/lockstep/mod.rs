@@ -18,7 +18,7 @@ mod state;
 mod tests;
 
 use super::run::RunEnd;
-use super::translate::HOT;
+use super::translate::{Budget, HOT, MEMORY};
 use super::{attention, Board, Cpu, Exit, Shared, Stop, R};
 use crate::mem::{Slot, SlotMap, PAGE_SIZE};
 use log::{lock, Entry, Moment, Recorder, Replayer, SharedLog};
@@ -89,7 +89,7 @@ impl Lockstep {
         let log = SharedLog::default();
         let replayer = Box::new(Replayer { log: log.clone(), irqchip: board.has_irqchip() });
         let mut follower = Cpu::new(0, Arc::default(), Arc::new(Shared::default()), replayer);
-        if !follower.use_translator(HOT) {
+        if !follower.use_translator(HOT, Budget::share(MEMORY, 2)) {
             return None;
         }
         follower.translator.as_mut()?.counted = true;

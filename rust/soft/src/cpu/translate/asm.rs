@@ -259,16 +259,20 @@ impl Asm {
 
     // ---- flags -------------------------------------------------------------------------------
 
-    /// `lahf; seto al`, then to the `Cpu`'s flags image. Changes RAX only.
+    /// `lahf`, then AH and OF to the bytes of the `Cpu`'s flags image. Changes AH only: to put the two
+    /// together in AX first would cost the host a merge of its parts.
     pub fn save_flags(&mut self, image: i32) {
-        self.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);
-        self.modrm(&[0x66], false, false, &[0x89], 0, cell(image));
+        self.bytes(&[0x9f]);
+        self.modrm(&[], false, false, &[0x0f, 0x90], 0, cell(image)); // seto
+        self.modrm(&[], false, false, &[0x88], 4, cell(image + 1)); // mov [image + 1], ah
     }
 
     /// The image's flags into RFLAGS: `add al, 0x7f` overflows for an OF of 1. Changes RAX only.
     pub fn load_flags(&mut self, image: i32) {
-        self.load_short(2, 0, cell(image));
-        self.bytes(&[0x04, 0x7f, 0x9e]);
+        self.load_short(1, 0, cell(image));
+        self.bytes(&[0x04, 0x7f]);
+        self.modrm(&[], false, false, &[0x8a], 4, cell(image + 1)); // mov ah, [image + 1]
+        self.bytes(&[0x9e]);
     }
 
     // ---- control -----------------------------------------------------------------------------

@@ -106,6 +106,8 @@ impl Emitter<'_> {
     /// back to the slot given if it is written.
     pub(super) fn bring(&mut self, operand: &Operand, scratch: u8, always: bool) -> (Rm, Option<Back>) {
         let Some(guest) = operand.gpr() else { return (Rm::Reg(operand.register.number() as u8), None) };
+        let spilled = matches!(home(guest), Rm::Mem(..));
+        self.known = self.known.filter(|_| scratch != R11 || !(spilled || operand.high_byte()));
         if operand.high_byte() {
             if operand.read {
                 self.take_high(guest, scratch);

@@ -99,6 +99,9 @@ pub(super) struct Emitter<'a> {
     miss: Option<Label>,
     pub misses: Vec<Miss>,
     pub stack_misses: Vec<super::memory::StackMiss>,
+    /// What R11 is, if that is good for more.
+    pub known: Option<super::near::Known>,
+    pub near_misses: Vec<super::near::NearMiss>,
     colds: Vec<Cold>,
     /// Branches to other pages: where they miss, their sites, where they lead.
     pub far: Vec<(Label, *mut Site, i64)>,
@@ -149,6 +152,8 @@ pub fn translate(
         miss: None,
         misses: Vec::new(),
         stack_misses: Vec::new(),
+        known: None,
+        near_misses: Vec::new(),
         colds: Vec::new(),
         far: Vec::new(),
         landings: Vec::new(),
@@ -173,6 +178,7 @@ pub fn translate(
         e.miss = None;
         let resume = e.asm.label();
         e.step(step);
+        e.keep_known(step);
         e.asm.place(resume);
         e.settle_misses(index, resume);
     }
@@ -307,6 +313,7 @@ impl Emitter<'_> {
 
     fn out_of_line(&mut self) {
         self.stack_out_of_line();
+        self.near_out_of_line();
         for miss in std::mem::take(&mut self.misses) {
             self.asm.place(miss.from);
             if miss.save {
@@ -364,6 +371,7 @@ impl Emitter<'_> {
 
     /// Loads the linear address of a page offset, which may lie beyond the page.
     pub(super) fn address_in_code(&mut self, reg: u8, offset: i64) {
+        self.known = self.known.filter(|_| reg != R11);
         self.asm.load(reg, cell(field::PAGE));
         self.asm.lea(true, reg, Some(reg), None, offset as i32);
     }

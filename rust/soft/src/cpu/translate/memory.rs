@@ -18,6 +18,7 @@
 use super::asm::{cc, cell, group, Asm, Label, Rm};
 use super::emit::{Emitter, Step};
 use super::layout::{field, host::*, GUEST_RSP};
+use super::near::Known;
 use crate::cpu::mmu::{Entry, ENTRIES};
 use crate::cpu::state::seg;
 use iced_x86::Register;
@@ -75,6 +76,10 @@ impl Emitter<'_> {
     /// may lie anywhere in its page.
     pub(super) fn access(&mut self, step: &Step, size: usize, write: bool, align: usize) {
         self.flags_to_memory();
+        let place = self.place_of(step);
+        if align == 1 && place.is_some_and(|place| self.near(place, size, write)) {
+            return;
+        }
         self.effective(step, R11, false);
         let segment = self.source.ops[self.index].seg();
         if segment == seg::FS || segment == seg::GS {
@@ -86,9 +91,11 @@ impl Emitter<'_> {
         }
         let miss = self.miss_label();
         look_up(&mut self.asm, miss, size, write, align);
+        self.known = place.map(|place| Known { place, write });
     }
 
     fn stack_access(&mut self, size: usize, write: bool) {
+        self.known = None;
         let (miss, from, back) = (self.miss_label(), self.asm.label(), self.asm.label());
         self.asm.load(RAX, Rm::Reg(R11));
         self.asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096 | (size as i32 - 1));

@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | decode | `shape.rs` | an encoding taken apart |
 //! | analyse | `classes.rs`, `vector.rs` | what is done with an instruction, what it does to the flags |
-//! | emit | `emit.rs`; `copies.rs`, `moves.rs`, `memory.rs`, `branch.rs`, `system.rs` | host code, by `asm.rs` |
+//! | emit | `emit.rs`; `copies.rs`, `moves.rs`, `memory.rs`, `near.rs`, `branch.rs`, `system.rs` | host code, by `asm.rs` |
 //! | link | `link.rs`, `run.rs` | pieces joined together, and the loop around them |
 //!
 //! `layout.rs` says where registers and fields are, `stubs.rs` and `doors.rs` hold the fixed pieces of code.
@@ -25,6 +25,7 @@ pub mod layout;
 pub(crate) mod link;
 mod memory;
 mod moves;
+mod near;
 mod run;
 mod shape;
 mod stubs;
@@ -42,8 +43,29 @@ use std::any::Any;
 use std::collections::HashMap;
 use stubs::Stubs;
 
-/// Bytes of code before everything is dropped, per vCPU.
-const REGION_BYTES: usize = 32 << 20;
+/// Bytes that a VM's translations take, with all that belongs to them, where nobody says otherwise.
+pub const MEMORY: usize = 128 << 20;
+/// A vCPU gets no less.
+const LEAST: usize = 8 << 20;
+
+/// How much a vCPU keeps before everything is dropped and made anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Bytes of code.
+    pub(crate) region: usize,
+    /// MiB of decoded operations.
+    pub(crate) chunks: usize,
+}
+
+impl Budget {
+    /// For one of `vcpus` that share `bytes`. Besides code and operations each block takes some 200 bytes: 7 of 16
+    /// parts are code, 4 operations, the rest are blocks, links and tables.
+    pub fn share(bytes: usize, vcpus: usize) -> Self {
+        let share = (bytes / vcpus.max(1)).max(LEAST);
+        Self { region: share / 16 * 7, chunks: (share >> 20) / 4 }
+    }
+}
+
 /// How often a block runs before it is translated.
 pub const HOT: u32 = 4;
 
@@ -98,7 +120,7 @@ impl Drop for Translator {
         if self.dumps != Some(Dumps::Stats) {
             return;
         }
-        eprintln!("{:#?}\n{:#?}, {} of {} bytes used", self.seen, self.stats, self.writer.used(), REGION_BYTES);
+        eprintln!("{:#?}\n{:#?}, {} of {} bytes used", self.seen, self.stats, self.writer.used(), self.region_bytes);
         let mut calls: Vec<_> = self.handlers.iter().map(|(&handler, &count)| (count, handler)).collect();
         calls.sort_unstable_by(|a, b| b.cmp(a));
         let here = stubs::build as *const () as usize;
@@ -111,6 +133,7 @@ impl Drop for Translator {
 /// Translated code of one vCPU.
 pub struct Translator {
     writer: CodeWriter,
+    region_bytes: usize,
     stubs: Stubs,
     exits: Vec<Exit>,
     jumps: Box<[Jump]>,
@@ -157,10 +180,11 @@ impl Translation {
 
 impl Translator {
     /// An empty one; `None` where no code memory is to be had.
-    pub fn new(hot: u32) -> Option<Box<Self>> {
-        let (writer, stubs) = Self::region()?;
+    pub fn new(hot: u32, region_bytes: usize) -> Option<Box<Self>> {
+        let (writer, stubs) = Self::region(region_bytes)?;
         Some(Box::new(Self {
             writer,
+            region_bytes,
             stubs,
             exits: Vec::new(),
             jumps: vec![Jump::NONE; JUMPS].into_boxed_slice(),
@@ -178,8 +202,8 @@ impl Translator {
         }))
     }
 
-    fn region() -> Option<(CodeWriter, Stubs)> {
-        let mut writer = CodeWriter::new(REGION_BYTES).ok()?;
+    fn region(bytes: usize) -> Option<(CodeWriter, Stubs)> {
+        let mut writer = CodeWriter::new(bytes).ok()?;
         let (code, stubs) = stubs::build(run::call_out);
         writer.push(&code)?;
         Some((writer, stubs))
@@ -192,7 +216,7 @@ impl Translator {
         self.sites = Sites::default();
         self.forget_jumps();
         self.stats.flushes += 1;
-        if let Some((writer, stubs)) = Self::region() {
+        if let Some((writer, stubs)) = Self::region(self.region_bytes) {
             (self.writer, self.stubs) = (writer, stubs);
         }
     }

@@ -57,6 +57,7 @@ impl Emitter<'_> {
     /// and R11, no flags.
     pub(super) fn effective(&mut self, step: &Step, to: u8, narrow: bool) {
         let ins = &step.ins;
+        self.known = self.known.filter(|_| to != R11 && ins.memory_base() != Register::RIP);
         let op = &self.source.ops[self.index];
         let wide = !narrow && op.flags & (ADDR32 | ADDR16) == 0;
         let displacement = ins.memory_displacement64() as i64 as i32;
@@ -75,6 +76,7 @@ impl Emitter<'_> {
         match slot {
             Rm::Reg(reg) => reg,
             _ => {
+                self.known = self.known.filter(|_| scratch != R11);
                 self.asm.load(scratch, slot);
                 scratch
             }

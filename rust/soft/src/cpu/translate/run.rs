@@ -4,7 +4,7 @@
 use super::layout::BIAS;
 use super::link::{self, Exit, Jump};
 use super::stubs::reason;
-use super::{Translation, Translator};
+use super::{Budget, Translation, Translator};
 use crate::cpu::block::{copy, Block, MAX_BYTES};
 use crate::cpu::mmu::canonical;
 use crate::cpu::op::Op;
@@ -57,8 +57,9 @@ fn far_from_the_hole(linear: u64) -> bool {
 impl Cpu {
     /// Switches translated code on for blocks that ran `hot` times; `false` where the host has no
     /// memory for it.
-    pub fn use_translator(&mut self, hot: u32) -> bool {
-        self.translator = Translator::new(hot);
+    pub fn use_translator(&mut self, hot: u32, budget: Budget) -> bool {
+        self.blocks.max_chunks = budget.chunks;
+        self.translator = Translator::new(hot, budget.region);
         self.native_out.jumps = self.translator.as_mut().map_or(std::ptr::null_mut(), |t| t.jumps.as_mut_ptr());
         self.refresh_context();
         self.translator.is_some()
@@ -163,7 +164,7 @@ impl Cpu {
             return Some(block.code);
         }
         block.code.runs = 0;
-        if self.translator.as_ref()?.writer.used() > super::REGION_BYTES / 2 {
+        if self.translator.as_ref().is_some_and(|t| t.writer.used() > t.region_bytes / 2) {
             // Full: everything goes, the block too, once this one has run.
             self.translator.as_mut()?.full = true;
         }

@@ -49,6 +49,9 @@ pub struct Stubs {
     /// becomes the host address, and its page the stack page if it may be, and ZF is set, or the access missed.
     /// Changes RAX and RCX.
     pub stack: [[usize; 4]; 2],
+    /// By write and log2 of size. R11: a linear address; it becomes the host's and ZF is set, or the access
+    /// missed. Changes RAX and RCX.
+    pub access: [[usize; 6]; 2],
     /// R11: where to go, `Out::site`: whose branch it is.
     pub far: usize,
     /// By number of `vector::open::DOORS`; ECX is zero where it is open now.
@@ -92,6 +95,7 @@ pub fn build(call_out: CallOut) -> (Vec<u8>, Stubs) {
     (stubs.direct_host, stubs.direct) = b.look_up(reason::NEXT);
     (_, stubs.indirect) = b.look_up(reason::INDIRECT);
     stubs.far = b.far();
+    stubs.access = [false, true].map(|write| [1, 2, 4, 8, 16, 32].map(|size| b.access(size, write)));
     let stack = b.stack();
     stubs.stack = [false, true].map(|write| [1, 2, 4, 8].map(|size| b.stack_access(stack, size, write)));
     b.leaving();
@@ -245,6 +249,8 @@ impl Builder {
             self.reopen(left);
         }
         self.load_registers();
+        // See `near.rs`.
+        self.asm.store_imm(8, Rm::Reg(R11), -1);
         self.move_stack(8);
         if kind == Kind::MissWithFlags {
             self.asm.load_flags(field::FLAGS);
@@ -357,6 +363,17 @@ impl Builder {
         self.asm.modrm(&[], false, false, &[0xff], 4, Rm::Mem(RAX, jump::CODE as i32));
         self.asm.place(miss);
         self.missed(reason::NEXT);
+        start
+    }
+
+    /// See [`Stubs::access`].
+    fn access(&mut self, size: usize, write: bool) -> usize {
+        let start = self.align();
+        let miss = self.asm.label();
+        super::memory::look_up(&mut self.asm, miss, size, write, 1);
+        self.asm.alu(false, group::XOR, RAX, Rm::Reg(RAX));
+        self.asm.place(miss);
+        self.ret();
         start
     }
 

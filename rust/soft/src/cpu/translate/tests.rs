@@ -1,6 +1,7 @@
 //! The translator against the interpreter on programs whose shape matters: loops, links, faults,
 //! code that changes. `soft-fuzz` compares what single instructions do.
 
+use super::{Budget, MEMORY};
 use crate::cpu::state::cr4;
 use crate::cpu::testing::Bench;
 use crate::cpu::{attention, vector, Stop};
@@ -13,7 +14,7 @@ fn bench(code: &[u8], hot: u32) -> Bench {
     let mut bench = Bench::new(1 << 20).long_mode(CODE, false);
     bench.load(CODE, code);
     if hot != 0 {
-        assert!(bench.cpu.use_translator(hot));
+        assert!(bench.cpu.use_translator(hot, Budget::share(MEMORY, 4)));
     }
     bench
 }
@@ -113,6 +114,51 @@ fn test_translate_unmasked_simd_exception_is_the_guests() {
         bench.cpu.fp.set_xmm(1, 0x3f80_0000);
     });
     assert_eq!((translated.cpu.fault.vector, translated.cpu.rip), (vector::XM, CODE + 3));
+}
+
+#[test]
+fn test_translate_fields_across_a_page_boundary_and_back_are_those_of_the_interpreter() {
+    // mov rax, [rbx]; mov rcx, [rbx+8]; mov [rbx-16], rax; add rcx, [rbx-4]; mov rdx, [rbx+4]; add [rbx+2], edx;
+    // mov esi, [rbx+0xffc]; xor rdi, [rbx-8]; ud2
+    let code = [
+        0x48, 0x8b, 0x03, 0x48, 0x8b, 0x4b, 8, 0x48, 0x89, 0x43, 0xf0, 0x48, 0x03, 0x4b, 0xfc, 0x48, 0x8b, 0x53, 4, 1,
+        0x53, 2, 0x8b, 0xb3, 0xfc, 0x0f, 0, 0, 0x48, 0x33, 0x7b, 0xf8, 0x0f, 0x0b,
+    ];
+    for start in [0x2_0ff0u64, 0x2_0ff8, 0x2_0ffc, 0x2_1000, 0x2_1004, 0x2_1010] {
+        let translated = both(&code, |bench| {
+            for index in 0..0x600u64 {
+                bench.load(0x2_0000 + 8 * index, &(index * 0x0101_0101_0107).to_le_bytes());
+            }
+            bench.cpu.regs[3] = start;
+        });
+        assert_eq!(translated.cpu.fault.vector, vector::UD);
+    }
+}
+
+#[test]
+fn test_translate_field_after_one_that_only_the_handler_reads_is_looked_up() {
+    // mov rax, [rbx+0x0ffc] (crosses); mov rcx, [rbx+0x1ff8]; mov rdx, [rbx-8]; mov rsi, [rbx+0x40000000] (not mapped)
+    let code = [
+        0x48, 0x8b, 0x83, 0xfc, 0x0f, 0, 0, 0x48, 0x8b, 0x8b, 0xf8, 0x1f, 0, 0, 0x48, 0x8b, 0x53, 0xf8, 0x48, 0x8b,
+        0xb3, 0, 0, 0, 0x40,
+    ];
+    let translated = both(&code, |bench| {
+        for index in 0..0x600u64 {
+            bench.load(0x2_0000 + 8 * index, &(index * 0x0101_0101_0107).to_le_bytes());
+        }
+        bench.cpu.regs[3] = 0x2_1000;
+    });
+    assert_eq!((translated.cpu.fault.vector, translated.cpu.rip), (vector::PF, CODE + 18));
+}
+
+#[test]
+fn test_translate_high_bytes_are_read_and_written_as_interpreted() {
+    // mov ah, bl; add ch, ah; xor dh, [rip+0]; movzx esi, bh; not bh; sub ah, dh; test dh, 4; mov [rsp-8], ch; setz ah
+    let code = [
+        0x88, 0xdc, 0x00, 0xe5, 0x32, 0x35, 0, 0, 0, 0, 0x0f, 0xb6, 0xf7, 0xf6, 0xd7, 0x28, 0xf4, 0xf6, 0xc6, 4, 0x88,
+        0x6c, 0x24, 0xf8, 0x0f, 0x94, 0xc4, 0x0f, 0x0b,
+    ];
+    both(&code, |bench| bench.cpu.regs[..4].copy_from_slice(&[0x1122_3344, 0x5566_7788, 0x99aa_bbcc, 0xddee_ff01]));
 }
 
 // ---- AVX: on hosts that lack it the interpreter has no such instruction either --------------------------------------
