@@ -154,16 +154,26 @@ def command(  # noqa: PLR0913 - one parameter per option
     ] = False,
     timing: Annotated[bool, typer.Option("--timing", help="Say how long each phase took.")] = False,  # noqa: FBT002
     test_devices: Annotated[bool, typer.Option("--test-devices", hidden=True)] = False,  # noqa: FBT002
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="translate|interp|lockstep", help="How the software CPU runs.", rich_help_panel=_MACHINE),
+    ] = None,
+    debug_engine: Annotated[
+        str | None,
+        typer.Option(metavar="blocks|stats", help="What it shows on standard error.", rich_help_panel=_MACHINE),
+    ] = None,
     debug: Annotated[  # noqa: FBT002
         bool, typer.Option("--debug", help="Show tracebacks, registers of a crashed guest, and debug logs.")
     ] = False,
 ) -> None:
     """Run a guest: a command in an image, or a kernel with its console on standard input and output."""
     from ostler.cli import logs
+    from ostler.cli.engine import choose
     from ostler.config import parse_request
     from ostler.config.request import read_request
 
     logs.configure(debug=debug)
+    choose(engine, debug_engine)
     words: tuple[str, ...] | None = context.obj or None
     given = {
         "image": image, "kernel": kernel, "initrd": initrd, "append": append, "command": words, "name": name,
