@@ -348,6 +348,9 @@ def late(rounds: int, tls: TlsFiles, binary: bytes) -> None:
                 seen.append(peer.longest_gap() * 1000)
                 said.append(facts["pause_s"] * 1000)
                 elapsed.append(facts["elapsed_s"])
+                print(f"  {number + 1}: seen {seen[-1]:.0f} ms, said {said[-1]:.0f} ms, {facts['round']} rounds, "
+                      f"{facts['asked']} faults, { {k: round(v * 1000, 1) for k, v in facts['pause_parts'].items()} }",
+                      flush=True)  # fmt: skip
         finally:
             kill(here)
     peer.close()

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from ostler.errors import MigrationCancelled, MigrationError, OstlerError
 from ostler.memory import GuestMemory
-from ostler.migration import witness
+from ostler.migration import wire, witness
 from ostler.migration.link import Link, LinkLost, expect
 from ostler.migration.pages import Batch, DiskPart, parse_batch, parse_disk_part
 from ostler.migration.target import State, Target
@@ -47,8 +47,6 @@ class Incoming:
         self._complete = threading.Event()
         self._error: MigrationError | None = None
         self._others: list[Link] = []
-        self.missing: list[tuple[int, int]] = []
-        """Pages that come when the guest runs here: address and count."""
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -98,7 +96,9 @@ class Incoming:
         if frame.kind is Kind.PAGES:
             self._apply(parse_batch(memoryview(frame.payload), allowed=self._memory.contains))
         elif frame.kind is Kind.MISSING:
-            self._note_missing(bytes(frame.payload))
+            self._give_up_pages(bytes(frame.payload))
+        elif frame.kind is Kind.ROUND and stream == 0:
+            self._link.send(wire.pack(Kind.ROUND, bytes(frame.payload)))
         elif frame.kind is Kind.DISK:
             self._apply_disk(parse_disk_part(memoryview(frame.payload)))
 
@@ -111,13 +111,14 @@ class Incoming:
         for gpa, content in batch.parts():
             memory.view(gpa, len(content))[:] = content
 
-    def _note_missing(self, payload: bytes) -> None:
+    def _give_up_pages(self, payload: bytes) -> None:
+        """What is here of these pages is old; what they hold comes when the guest runs here."""
         if len(payload) % RUN.size:
             raise MigrationError(f"source: MISSING of {len(payload)} bytes")
         for gpa, count in RUN.iter_unpack(payload):
             if gpa % PAGE_BYTES or not self._memory.contains(gpa, count * PAGE_BYTES):
                 raise MigrationError(f"source: MISSING names {count} pages at {gpa:#x}, which the guest has not got")
-            self.missing.append((gpa, count))
+            self._memory.discard(gpa, count * PAGE_BYTES)
 
     def _apply_disk(self, part: DiskPart) -> None:
         disk = self._disks.get(part.disk)

@@ -20,6 +20,8 @@ from ostler.migration.wire import HEADER, Frame, Kind, Purpose
 
 IOV_MAX = 1024
 SOCKET_BUFFER_BYTES = 1 << 20
+# A page that a guest waits for must not queue behind a megabyte that it does not.
+NARROW_BUFFER_BYTES = 128 << 10
 DEFAULT_TIMEOUT_S = 30.0
 
 
@@ -43,6 +45,11 @@ class Link:
     def set_timeout(self, timeout_s: float | None) -> None:
         """How long one send or receive may stand still."""
         self._socket.settimeout(timeout_s)
+
+    def narrow(self) -> None:
+        """Keep little on the way: what is sent next is wanted soon."""
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, NARROW_BUFFER_BYTES)
 
     def send(self, data: bytes) -> None:
         """Raises LinkLost."""

@@ -107,6 +107,8 @@ class Progress:
     eta_s: float | None = None
     pause_s: float | None = None
     elapsed_s: float = 0.0
+    asked: int = 0
+    """Pages that the guest waited for after it had gone."""
     pause_parts: dict[str, float] = field(default_factory=dict)
 
 
@@ -189,6 +191,7 @@ class Outgoing:
             behind = stack.enter_context(
                 open_link(options.address, options.tls, session, POST_COPY_STREAM, timeout_s=options.timeout_s)
             )
+            behind.narrow()
             behind.send(wire.pack_json(Kind.STREAM, {"secret": welcome.secret}))
             expect(behind, Kind.READY)
             self._switch = options.post_copy == "now"
@@ -203,6 +206,11 @@ class Outgoing:
         self._guest.on_loop(self._guest.begin)
         left = self._rounds(sender, tracker, can_switch=behind is not None)
         if behind is not None and self._switch:
+            # Giving pages up takes the target a while, and the guest need not stand still for that.
+            for piece in missing_frames(left):
+                link.send(piece)
+            link.send(wire.pack(Kind.ROUND, wire.ROUND_NUMBER.pack(self._pace.round)))
+            self._source.received(expect(link, Kind.ROUND, Kind.FAILED))
             self._guest.on_loop(lambda: self._hand_over(link, sender, tracker, witnessed, left, behind=behind))
             self._serve_left_behind()
             return
@@ -222,7 +230,7 @@ class Outgoing:
             raise MigrationError(
                 f"{left.error}; the guest ran there already and cannot go on without the pages it lacks"
             )
-        self.progress.left_bytes = 0
+        self.progress.left_bytes, self.progress.asked = 0, left.asked
 
     def _rounds(self, sender: Sender, tracker: DirtyTracker, *, can_switch: bool) -> list[Run]:
         """Send memory until little enough is left; what that is."""
@@ -302,13 +310,15 @@ class Outgoing:
         done("stop")
         state = guest.save()
         done("save")
-        runs = merged(left, tracker.take())
+        tracked = tracker.take()
+        runs = merged(left, tracked)
         for number, mirror in guest.mirrors:
             self._send_disk(sender, number, mirror, disks.parts(iter(mirror.take())), hurry=True)
         if behind is None:
             sender.pages(runs, hurry=True)
         else:
-            for piece in missing_frames(runs):
+            # Most of it was said while the guest still ran.
+            for piece in missing_frames(tracked):
                 link.send(piece)
             self._left_behind = LeftBehind(behind, guest.memory, runs)
             # Already restoring the state may touch what is not there.
@@ -334,9 +344,13 @@ class Outgoing:
             link.send(commit)
             source.received(expect(link, Kind.RUNNING))
             done("running")
+            if self._left_behind is not None:
+                self._left_behind.push()
             self._send_strays(link)
         except LinkLost as error:
             self._resolve(error)
+            if self._left_behind is not None:
+                self._left_behind.push()
             done("running")
         self.progress.pause_s = marks[-1][1] - marks[0][1]
         self.progress.pause_parts = {
@@ -372,6 +386,8 @@ class Outgoing:
         """The guest stays, if it is still ours."""
         if self._source.state in (State.COMMITTED, State.DONE):
             return
+        if self._left_behind is not None:
+            self._left_behind.close()
         if self._link is not None and self._source.state is not State.KEPT:
             with contextlib.suppress(MigrationError):
                 self._link.set_timeout(1.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 FIXED_S = 0.012
 MIN_SEND_S = 0.004
 # Rounds without progress after which memory is taken to change faster than it can be sent.
-PATIENCE = 6
+PATIENCE = 3
 # A round that leaves less than this part of what the one before left was worth it.
 SHRINKS = 0.75
 MAX_ROUNDS = 64

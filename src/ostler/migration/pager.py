@@ -106,6 +106,7 @@ def main() -> int:
             Userfault(given["userfault"]) as faults,
             accept_link(socket.socket(fileno=given["stream"]), tls, timeout_s=FIRST_TIMEOUT_S) as link,
         ):
+            link.narrow()
             hello = wire.parse_json(expect(link, Kind.STREAM))
             if hello.get("secret") != given["secret"]:
                 raise MigrationError("migration: a stream without the secret of its migration")

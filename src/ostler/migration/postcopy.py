@@ -17,7 +17,7 @@ from ostler.migration.pages import Run, pack_batch, split_zero
 from ostler.migration.wire import PAGE_BYTES, WANTED, Encoding, Kind
 
 # A page that is waited for brings its neighbours along; in between go batches small enough that nobody waits long.
-AROUND_PAGES, BACKGROUND_PAGES = 8, 32
+AROUND_PAGES, BACKGROUND_PAGES = 32, 32
 
 
 class LeftBehind:
@@ -25,18 +25,34 @@ class LeftBehind:
 
     def __init__(self, link: Link, memory: GuestMemory, runs: Sequence[Run]) -> None:
         self._link, self._memory = link, memory
-        self._missing = {gpa + page * PAGE_BYTES for gpa, count in runs for page in range(count)}
-        self._order = [(gpa, count) for gpa, count in merged(runs, [])]
+        self._order = merged(runs, [])
+        last = max((gpa // PAGE_BYTES + count for gpa, count in self._order), default=0)
+        # A byte a page: made while the guest stands still.
+        self._missing, self._was = bytearray(last), bytearray(last)
+        for gpa, count in self._order:
+            self._was[gpa // PAGE_BYTES : gpa // PAGE_BYTES + count] = b"\1" * count
+        self._missing[:] = self._was
         self.error: MigrationError | None = None
         self.asked = 0
+        self._runs_there = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="post-copy", daemon=True)
 
     @property
     def left_bytes(self) -> int:
-        return len(self._missing) * PAGE_BYTES
+        return self._missing.count(1) * PAGE_BYTES
 
     def start(self) -> None:
+        """Answer what is asked for."""
         self._thread.start()
+
+    def push(self) -> None:
+        """The guest runs there: send the rest too."""
+        self._runs_there.set()
+
+    def close(self) -> None:
+        """Nobody will ask any more."""
+        self._link.shutdown()
+        self._runs_there.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Whether every page is there, or it has failed."""
@@ -45,6 +61,9 @@ class LeftBehind:
 
     def _serve(self) -> None:
         try:
+            while not self._runs_there.is_set():
+                if self._link.pending(0.002):
+                    self._answer()
             for start, count in self._order:
                 for first in range(0, count, BACKGROUND_PAGES):
                     self._answer()
@@ -66,21 +85,20 @@ class LeftBehind:
             self.asked += 1
             if gpa % PAGE_BYTES or not self._memory.contains(gpa, PAGE_BYTES):
                 raise MigrationError(f"target: wants the page at {gpa:#x}, which the guest has not got")
-            if gpa in self._missing:
+            page = gpa // PAGE_BYTES
+            if page < len(self._missing) and self._missing[page]:
                 self._send(range(gpa, gpa + AROUND_PAGES * PAGE_BYTES, PAGE_BYTES))
-            elif not self._was_missing(gpa):
+            elif page >= len(self._was) or not self._was[page]:
                 # Nothing was ever there.
                 self._link.send_parts(pack_batch(self._memory, [(gpa, 1)], Encoding.ZERO))
-
-    def _was_missing(self, gpa: int) -> bool:
-        return any(start <= gpa < start + count * PAGE_BYTES for start, count in self._order)
 
     def _send(self, pages: range) -> None:
         """Those of the pages that are still missing there."""
         runs: list[Run] = []
         for gpa in pages:
-            if gpa in self._missing:
-                self._missing.discard(gpa)
+            page = gpa // PAGE_BYTES
+            if page < len(self._missing) and self._missing[page]:
+                self._missing[page] = 0
                 if runs and runs[-1][0] + runs[-1][1] * PAGE_BYTES == gpa:
                     runs[-1] = (runs[-1][0], runs[-1][1] + 1)
                 else:

@@ -92,6 +92,8 @@ class Source:
             raise MigrationRefused(f"target: {said(frame)}")
         elif frame.kind is Kind.FAILED and self.state in BEFORE_COMMIT - {State.NEW, State.OFFERED}:
             raise MigrationError(f"target: {said(frame)}")
+        elif frame.kind is Kind.ROUND and self.state is State.MOVING:
+            pass  # The target is as far as that.
         elif frame.kind is Kind.READY and self.state is State.HANDED:
             self.state = State.READY
         elif frame.kind is Kind.RUNNING and self.state is State.COMMITTED:

@@ -21,7 +21,8 @@ then TLS where it was asked for, then frames of `type, flags, 0, length` (8 byte
     COMMIT ----------------------->            from here on the guest is the target's
                 <------------------ RUNNING
     FRAME, DONE ------------------>            what networks still brought to where the guest was
-    post-copy: MISSING before FINAL; after RUNNING the target WANTs pages, the source sends PAGES, at last DONE
+    post-copy: MISSING and ROUND, which is answered by ROUND, before the guest stops, MISSING once more before FINAL;
+    on a stream of its own the target WANTs pages, the source sends PAGES, and at last DONE
 
 CANCEL comes from the source at any time before COMMIT, FAILED from the target before READY.
 """

@@ -21,7 +21,6 @@ from typing import Self
 from ostler.errors import MigrationError
 from ostler.host.userfault import Userfault
 from ostler.memory import GuestMemory
-from ostler.memory.layout import PAGE_SIZE
 
 UP_TIMEOUT_S = 30.0
 
@@ -58,15 +57,13 @@ class LatePages:
         self._process = process
         self._tell(json.dumps(given))
 
-    def begin(self, missing: Sequence[tuple[int, int]]) -> None:
-        """From now on these pages, and any that was never touched, are the pager's to bring. Raises MigrationError."""
+    def begin(self) -> None:
+        """From now on every page that memory has not got is the pager's to bring. Raises MigrationError."""
         if self._said(UP_TIMEOUT_S) != "up":
             raise MigrationError("post-copy: its process has not come up")
         try:
             for region in self._memory.regions:
                 self._faults.register(self._memory.host_address(region.start, region.size_bytes), region.size_bytes)
-            for gpa, count in missing:
-                self._memory.discard(gpa, count * PAGE_SIZE)
         except OSError as error:
             raise MigrationError(f"userfaultfd: {error.strerror or error}") from error
         self._began = True

@@ -263,7 +263,7 @@ class _Running:
     def _restore(self, data: bytes) -> None:
         saved, _ = decode(data)
         if self._incoming.target.is_post_copy and self._pages is not None:
-            self._pages.begin(self._incoming.missing)
+            self._pages.begin()
         self._process.restore_state(saved)
 
     def _acquire(self) -> None:

@@ -68,8 +68,10 @@ def test_tls_files_are_wanted_all_or_none(tmp_path: Path) -> None:
 def signed(folder: Path, name: str, authority: Path | None, *, address: str = "IP:127.0.0.1") -> tuple[Path, Path]:
     """A certificate and its key; without an authority, one."""
     cert, key = folder / f"{name}.pem", folder / f"{name}.key"
-    by: list[str | Path] = ["-CA", authority, "-CAkey", authority.with_suffix(".key"), "-addext", f"subjectAltName={address}",
-          "-addext", "basicConstraints=critical,CA:FALSE"] if authority else []  # fmt: skip
+    by: list[str | Path] = []
+    if authority:
+        by += ["-CA", authority, "-CAkey", authority.with_suffix(".key"), "-addext", f"subjectAltName={address}"]
+        by += ["-addext", "basicConstraints=critical,CA:FALSE"]
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1",
          "-subj", f"/CN={name}", "-keyout", key, "-out", cert, *by],
