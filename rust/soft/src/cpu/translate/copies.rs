@@ -137,7 +137,7 @@ impl Emitter<'_> {
             }
         };
         // movzx by, high byte
-        self.asm.bytes(&[0x0f, 0xb6, 0xc0 | by << 3 | from + 4]);
+        self.asm.bytes(&[0x0f, 0xb6, 0xc0 | by << 3 | (from + 4)]);
         if by != scratch {
             self.asm.load32(scratch, Rm::Reg(by));
         }
@@ -153,11 +153,11 @@ impl Emitter<'_> {
         };
         match home(guest) {
             // mov dh or bh, by
-            Rm::Reg(host @ (RDX | RBX)) => self.asm.bytes(&[0x88, 0xc0 | by << 3 | host + 4]),
+            Rm::Reg(host @ (RDX | RBX)) => self.asm.bytes(&[0x88, 0xc0 | by << 3 | (host + 4)]),
             slot => {
                 let whole = if by == RAX { RCX } else { RAX };
                 self.asm.load(whole, slot);
-                self.asm.bytes(&[0x88, 0xc0 | by << 3 | whole + 4]);
+                self.asm.bytes(&[0x88, 0xc0 | by << 3 | (whole + 4)]);
                 self.asm.store(slot, whole);
             }
         }
