@@ -63,6 +63,26 @@ def table(rows: Sequence[Row], sides: Sequence[str]) -> None:
     Console(width=160 if not sys.stdout.isatty() else None).print(drawn)
 
 
+def markdown(rows: Sequence[Row], sides: Sequence[str]) -> str:
+    """The table for a document: ratio to the second side, corrected and by the clock, then every side's figure."""
+    ours, other = sides[0], sides[1]
+    lines = [
+        f"| workload | times {other} | by the clock | wanted | {' | '.join(sides)} | unit |",
+        "|---|---|---|---|" + "---|" * len(sides) + "---|",
+    ]
+    for row in rows:
+        ratios = [row.ratio(ours, other, by_clock=by_clock) for by_clock in (False, True)]
+        cells = [
+            row.name,
+            *(f"{ratio:.2f}" if ratio else "-" for ratio in ratios),
+            f"{row.bar or 1:g}",
+            *(f"{row.medians[side]:.3g}" if side in row.medians else "-" for side in sides),
+            row.unit,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def picture(rows: Sequence[Row], sides: Sequence[str], path: Path) -> None:
     """Bars of the ratio to the second side, on a logarithmic scale with 1 in the middle."""
     import matplotlib as mpl

@@ -190,21 +190,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--qemu", help="a QEMU, or debian-13 for that release's (default: $QEMU, then PATH)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the table for a document")
+    parser.add_argument(
+        "--from", type=Path, metavar="FILE", dest="kept", help="measure nothing: figures kept by --json"
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(BARS):
         parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(BARS)}")
-    with ExitStack() as stack:
-        try:
-            sides = prepare(options.accel, options.qemu, stack)
-        except OstlerError as error:
-            parser.error(str(error))
-        figures = measure(sides, options.names or list(BARS), options.rounds)
+    if options.kept:
+        kept = json.loads(options.kept.read_text())
+        names, figures = kept["sides"], Figures(kept["clock"], kept["alone"])
+    else:
+        with ExitStack() as stack:
+            try:
+                sides = prepare(options.accel, options.qemu, stack)
+            except OstlerError as error:
+                parser.error(str(error))
+            figures = measure(sides, options.names or list(BARS), options.rounds)
+        names = [side.name for side in sides]
     rows = summary(figures)
-    names = [side.name for side in sides]
     report.table(rows, names)
     if options.json:
         facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "sides": names}
         options.json.write_text(json.dumps({**facts, "clock": figures.clock, "alone": figures.alone}, indent=2) + "\n")
+    if options.markdown:
+        options.markdown.write_text(report.markdown(rows, names))
     if options.picture:
         report.picture(rows, names, options.picture)
     return 0
