@@ -45,13 +45,16 @@ MODULES = (
 class Spare:
     """A child that waits for its request."""
 
-    def __init__(self, others: Iterable[socket.socket]) -> None:
-        """`others` are sockets of the parent's that are none of the child's business."""
+    def __init__(self, others: Iterable[socket.socket], fds: Iterable[int] = ()) -> None:
+        """`others` and `fds` are the parent's and none of the child's business: a pipe's end that stays open in a child
+        is one whose reader waits for ever."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.pid = os.fork()
         if not self.pid:
             for each in (ours, *others):
                 each.close()
+            for fd in fds:
+                os.close(fd)
             _serve_one(theirs)
         theirs.close()
         self.socket = ours
@@ -134,8 +137,9 @@ class Pool:
         for each in self._spare:
             each.dismiss()
 
-    def _new(self, *clients: socket.socket) -> Spare:
-        return Spare((self._listener, *clients, *(each.socket for each in self._spare)))
+    def _new(self, client: socket.socket | None = None, fds: Iterable[int] = ()) -> Spare:
+        held = [self._listener, *(each.socket for each in self._spare)]
+        return Spare(held if client is None else [*held, client], fds)
 
     def _serve(self, client: socket.socket) -> None:
         data, fds, _, _ = socket.recv_fds(client, MAX_REQUEST_BYTES, MAX_FDS)
@@ -150,7 +154,7 @@ class Pool:
                 self._stopping = bool(request.get("stop"))
                 client.sendall(b'{"pool": true}\n')
                 return
-            child = self._spare.pop() if self._spare else self._new(client)
+            child = self._spare.pop() if self._spare else self._new(client, fds)
             pidfd = child.give(data, fds)
             try:
                 socket.send_fds(client, [json.dumps({"pid": child.pid}).encode()], [pidfd])
