@@ -11,25 +11,24 @@ import itertools
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ostler.errors import BadRequest, MigrationCancelled, MigrationError
-from ostler.memory import GuestMemory
 from ostler.migration import disks, wire, witness
-from ostler.migration.address import Address, TlsFiles
 from ostler.migration.dirty import DirtyTracker, merged, page_count
 from ostler.migration.disks import Mirror
 from ostler.migration.link import Link, LinkLost, expect, open_link
 from ostler.migration.pace import Budget, Pace
 from ostler.migration.pages import COMPRESSIONS, Run
-from ostler.migration.postcopy import LeftBehind
+from ostler.migration.postcopy import LeftBehind, missing_frames
 from ostler.migration.sender import Sender
 from ostler.migration.source import Source, State
+from ostler.migration.terms import Guest, Options, Progress
 from ostler.migration.touched import touched
-from ostler.migration.wire import POST_COPY_STREAM, RUN, Kind
+from ostler.migration.turn import Turn
+from ostler.migration.wire import POST_COPY_STREAM, Kind
 from ostler.migration.witness import Witness
 
 T = TypeVar("T")
@@ -37,79 +36,6 @@ HAND_OVER_TIMEOUT_S = 10.0
 DOUBT_SLICE_S = 0.02
 STRAYS_TIMEOUT_S = 1.0
 READ_BYTES = 1 << 20
-
-
-class Guest(Protocol):
-    """The guest that moves, as its VM process shows it. Every method but `on_loop` is for the loop's thread."""
-
-    memory: GuestMemory
-    mirrors: Sequence[tuple[int, Mirror]]
-    """Disks that go along, by their number."""
-
-    def offer(self) -> dict[str, Any]:
-        """name, spec, facts, disks: what HELLO says."""
-
-    tracker: DirtyTracker
-
-    def begin(self) -> None:
-        """The tracker starts, the mirrors take the disks' places."""
-
-    def stop(self) -> None:
-        """Hold the processors."""
-
-    def save(self) -> bytes:
-        """The state; what devices have under way ends, and every queue counts as written."""
-
-    def go_on(self) -> None:
-        """The guest runs on here, whatever it was doing; tracker and mirrors go."""
-
-    def give_away(self) -> None:
-        """Let the other side have what only one may hold: locks of disks."""
-
-    def take_back(self) -> None:
-        """Undo `give_away`."""
-
-    def strays(self) -> Sequence[tuple[int, bytes]]:
-        """Network frames that came while the guest stood still, by its cards' numbers."""
-
-    def on_loop(self, call: Callable[[], T]) -> T:
-        """Run it in the loop's thread and wait for its end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to move a guest."""
-
-    address: Address
-    witness_folder: Path
-    tls: TlsFiles | None = None
-    streams: int = 1
-    compression: str = "none"
-    bytes_per_s: float | None = None
-    downtime_s: float = 0.04
-    timeout_s: float = 30.0
-    post_copy: str = "never"
-    """`never`; `auto`: where memory changes faster than it is sent; `now`: after one round."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """What can be said of a migration at any time; seconds and bytes."""
-
-    phase: str = "connecting"
-    round: int = 0
-    sent_bytes: int = 0
-    left_bytes: int = 0
-    total_bytes: int = 0
-    zero_bytes: int = 0
-    bytes_per_s: float = 0.0
-    dirty_bytes_per_s: float = 0.0
-    eta_s: float | None = None
-    pause_s: float | None = None
-    elapsed_s: float = 0.0
-    asked: int = 0
-    """Pages that the guest waited for after it had gone."""
-    pause_parts: dict[str, float] = field(default_factory=dict)
 
 
 class Outgoing:
@@ -128,6 +54,7 @@ class Outgoing:
         self._reported = 0.0
         self._switch = False
         self._left_behind: LeftBehind | None = None
+        self._turn: Turn | None = None
 
     @property
     def is_in_doubt(self) -> bool:
@@ -167,6 +94,8 @@ class Outgoing:
 
     def _run(self, session: bytes, witnessed: Witness, stack: contextlib.ExitStack) -> None:
         options = self._options
+        with contextlib.suppress(OSError):
+            self._turn = stack.enter_context(Turn(options.witness_folder))
         link = self._link = stack.enter_context(
             open_link(options.address, options.tls, session, 0, timeout_s=options.timeout_s)
         )
@@ -214,10 +143,19 @@ class Outgoing:
             self._guest.on_loop(lambda: self._hand_over(link, sender, tracker, witnessed, left, behind=behind))
             self._serve_left_behind()
             return
+        left = self._await_turn(sender, tracker, left)
         # All of it in one go on the loop's thread: no device does anything while the guest stands still.
         self._guest.on_loop(lambda: self._hand_over(link, sender, tracker, witnessed, left))
 
     # -- while the guest runs -------------------------------------------------------------------
+
+    def _await_turn(self, sender: Sender, tracker: DirtyTracker, left: list[Run]) -> list[Run]:
+        """Other guests of this host may be standing still; what is left when none does."""
+        if self._turn is None or not self._turn.take(self._check):
+            return left
+        sender.pages(merged(left, tracker.take()))
+        sender.flush()
+        return tracker.take()
 
     def _serve_left_behind(self) -> None:
         """The guest runs there; what it left behind follows."""
@@ -285,11 +223,13 @@ class Outgoing:
             sender.disk(number, offset, content, hurry=hurry)
 
     def _check(self) -> None:
-        """Between messages: called off, or did the target say something?"""
+        """Between messages: called off, or did the target say something? And is it another guest's turn?"""
         if self._cancelled is not None:
             raise MigrationCancelled(f"migration: {self._cancelled}")
         if self._link is not None and self._link.pending():
             self._source.received(self._link.receive())
+        if self._turn is not None and self._source.state is State.MOVING:
+            self._turn.give_way()
 
     # -- while it stands still -------------------------------------------------------------------
 
@@ -352,6 +292,8 @@ class Outgoing:
             if self._left_behind is not None:
                 self._left_behind.push()
             done("running")
+        if self._turn is not None:
+            self._turn.release()
         self.progress.pause_s = marks[-1][1] - marks[0][1]
         self.progress.pause_parts = {
             what: at - before for (_, before), (what, at) in itertools.pairwise(marks)
@@ -414,12 +356,3 @@ class Outgoing:
         progress.eta_s = pace.eta_s(progress.left_bytes, self.budget.bytes_per_s)
         progress.elapsed_s = now - self._started
         self._report(progress)
-
-
-def missing_frames(runs: Sequence[Run]) -> list[bytes]:
-    """MISSING, in as many frames as it takes."""
-    most = wire.LIMITS[Kind.MISSING] // RUN.size
-    return [
-        wire.pack(Kind.MISSING, b"".join(RUN.pack(gpa, count) for gpa, count in runs[at : at + most]))
-        for at in range(0, max(len(runs), 1), most)
-    ]

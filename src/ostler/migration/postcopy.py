@@ -14,7 +14,7 @@ from ostler.migration import wire
 from ostler.migration.dirty import merged
 from ostler.migration.link import Link, expect
 from ostler.migration.pages import Run, pack_batch, split_zero
-from ostler.migration.wire import PAGE_BYTES, WANTED, Encoding, Kind
+from ostler.migration.wire import PAGE_BYTES, RUN, WANTED, Encoding, Kind
 
 # A page that is waited for brings its neighbours along; in between go batches small enough that nobody waits long.
 AROUND_PAGES, BACKGROUND_PAGES = 32, 32
@@ -107,3 +107,12 @@ class LeftBehind:
         for part, encoding in ((full, Encoding.RAW), (zero, Encoding.ZERO)):
             if part:
                 self._link.send_parts(pack_batch(self._memory, part, encoding))
+
+
+def missing_frames(runs: Sequence[Run]) -> list[bytes]:
+    """MISSING, in as many frames as it takes."""
+    most = wire.LIMITS[Kind.MISSING] // RUN.size
+    return [
+        wire.pack(Kind.MISSING, b"".join(RUN.pack(gpa, count) for gpa, count in runs[at : at + most]))
+        for at in range(0, max(len(runs), 1), most)
+    ]

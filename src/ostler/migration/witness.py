@@ -80,7 +80,7 @@ def look(path: Path) -> tuple[str, bool] | None:
 
 def tidy(folder: Path) -> None:
     """Remove what sides that were killed have left lying, once nobody can be waiting to read it any more."""
-    for path in folder.iterdir():
+    for path in (*folder.glob("*.source"), *folder.glob("*.target")):
         with contextlib.suppress(OSError):
             seen = look(path)
             if seen is not None and not seen[1] and time.time() - path.stat().st_mtime > KEPT_S:

@@ -27,8 +27,9 @@ from ostler.migration.address import parse_address, tls_files
 from ostler.migration.dirty import DirtyTracker
 from ostler.migration.disks import Mirror
 from ostler.migration.link import LinkLost
-from ostler.migration.outgoing import Options, Outgoing, Progress
+from ostler.migration.outgoing import Outgoing
 from ostler.migration.pages import COMPRESSIONS
+from ostler.migration.terms import Options, Progress
 from ostler.snapshot.schema import encode
 from ostler.vmm.run import GuestProcess
 from ostler.vmm.server import Connection
@@ -41,7 +42,7 @@ SWITCH_INTERVAL_S = 0.001
 
 
 class MovingGuest:
-    """Implements `migration.outgoing.Guest`."""
+    """Implements `migration.terms.Guest`."""
 
     def __init__(self, process: GuestProcess, name: str, facts: Message) -> None:
         self._process, self._name, self._facts = process, name, facts
