@@ -3,8 +3,8 @@
 //! An indirect branch to an address that is not canonical is found out after the fact, where no code
 //! is found for it; its exit says how to take it back. CALL checks before it pushes.
 //!
-//! A cycle of code has a backward direct branch or an indirect one in it that looks at the attention
-//! word: a RET that finds its call's note does not, but each note serves once.
+//! A cycle of code has a backward direct branch or an indirect one in it, and these look at the attention
+//! word. A RET does before it trusts a note: another vCPU that changes code says so there before it goes on.
 
 use super::asm::{cc, cell, group, Label, Rm};
 use super::emit::{Emitter, Flags, Step};
@@ -195,6 +195,9 @@ impl Emitter<'_> {
         let popped = 8 + if step.ins.op_count() == 1 { step.ins.immediate16() as u32 } else { 0 };
         self.move_rsp(popped as i32);
         let miss = self.slow_return(popped);
+        self.asm.load(RAX, cell(field::ATTENTION));
+        self.asm.alu_imm(false, group::CMP, Rm::Mem(RAX, 0), 0);
+        self.asm.jump_if(cc::NE, miss);
         self.asm.load32(RAX, cell(field::TOP));
         self.asm.lea(true, RCX, Some(RBP), Some((RAX, 0)), field::RETURNS);
         self.asm.alu(true, group::CMP, R11, Rm::Mem(RCX, back::LINEAR));
