@@ -20,7 +20,7 @@ from ostler.migration import disks, wire, witness
 from ostler.migration.dirty import DirtyTracker, merged, page_count
 from ostler.migration.disks import Mirror
 from ostler.migration.link import Link, LinkLost, expect, open_link
-from ostler.migration.pace import Budget, Pace
+from ostler.migration.pace import LATE_PATIENCE, Budget, Pace
 from ostler.migration.pages import COMPRESSIONS, Run
 from ostler.migration.postcopy import LeftBehind, missing_frames
 from ostler.migration.sender import Sender
@@ -124,6 +124,7 @@ class Outgoing:
             behind.send(wire.pack_json(Kind.STREAM, {"secret": welcome.secret}))
             expect(behind, Kind.READY)
             self._switch = options.post_copy == "now"
+            self._pace.patience = LATE_PATIENCE
         elif options.post_copy == "now":
             raise MigrationError(
                 "target: cannot do post-copy (userfaultfd); expected a host that lets this user have it"

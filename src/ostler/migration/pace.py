@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 FIXED_S = 0.012
 MIN_SEND_S = 0.004
 # Rounds without progress after which memory is taken to change faster than it can be sent.
-PATIENCE = 3
+PATIENCE, LATE_PATIENCE = 8, 3
 # A round that leaves less than this part of what the one before left was worth it.
 SHRINKS = 0.75
 MAX_ROUNDS = 64
@@ -34,6 +34,8 @@ class Pace:
     """What was measured so far."""
 
     downtime_s: float
+    patience: int = PATIENCE
+    """Rounds; fewer where post-copy can end it, else the only end is a long pause."""
     round: int = 0
     bytes_per_s: float = 0.0
     """What the link takes while something is being sent."""
@@ -67,8 +69,8 @@ class Pace:
     @property
     def is_hopeless(self) -> bool:
         """Whether going on like this brings the end no nearer."""
-        recent = self.history[-PATIENCE:]
-        stuck = len(self.history) > PATIENCE and min(recent) >= 0.8 * min(self.history[:-PATIENCE])
+        recent, before = self.history[-self.patience :], self.history[: -self.patience]
+        stuck = bool(before) and min(recent) >= 0.8 * min(before)
         return stuck or self.round >= MAX_ROUNDS
 
     def eta_s(self, left_bytes: int, limit: float | None) -> float | None:
