@@ -118,7 +118,10 @@ class Peer:
             return max(found, time.monotonic() - (self._last or 0))
 
     def _read(self) -> None:
-        connected, _ = self._listener.accept()
+        try:
+            connected, _ = self._listener.accept()
+        except OSError:  # closed before anybody came
+            return
         data, guest_last = b"", 0
         with connected:
             while more := connected.recv(1 << 16):
