@@ -28,6 +28,19 @@ const EXECUTOR: [u8; 45] = [
     0xdb, 0x89, 0xf0, 0xe7, 0x10,
 ];
 
+/// The same without a function: `mov eax, number` stands right behind the serialising instruction.
+const IN_LINE: [u8; 44] = [
+    0x31, 0xf6, 0x31, 0xdb, 0x41, 0x8b, 0x45, 0, 0x39, 0xd8, 0x74, 0xf8, 0x89, 0xc7, 0x31, 0xc0, 0xf, 0xa2, 0x89, 0xfb,
+    0xb8, 0, 0, 0, 0, 0x39, 0xd8, 0x74, 2, 0xff, 0xc6, 0x41, 0x89, 0x5d, 8, 0x44, 0x39, 0xf3, 0x75, 0xdc, 0x89, 0xf0,
+    0xe7, 0x10,
+];
+/// Or where the function that serialises comes back to.
+const AFTER_A_CALL: [u8; 50] = [
+    0x31, 0xf6, 0x31, 0xdb, 0x41, 0x8b, 0x45, 0, 0x39, 0xd8, 0x74, 0xf8, 0x89, 0xc7, 0xe8, 0x18, 0, 0, 0, 0xb8, 0, 0,
+    0, 0, 0x39, 0xd8, 0x74, 2, 0xff, 0xc6, 0x41, 0x89, 0x5d, 8, 0x44, 0x39, 0xf3, 0x75, 0xdd, 0x89, 0xf0, 0xe7, 0x10,
+    0x31, 0xc0, 0xf, 0xa2, 0x89, 0xfb, 0xc3,
+];
+
 /// ```text
 ///     mov ecx, 1
 /// n:  mov [r12 + 1], ecx; mov [r13], ecx
@@ -78,6 +91,23 @@ fn test_code_changed_by_another_vcpu_runs_as_changed() {
         let [one, other] = [spawn(&executor), spawn(&changer)];
 
         assert_eq!(one.join().unwrap(), Seen::Out(0x10, 4, 0), "calls of stale code at {place:#x}");
+        assert_eq!(other.join().unwrap(), Seen::Out(0x11, 1, 0));
+    }
+}
+
+#[test]
+fn test_code_changed_by_another_vcpu_right_behind_a_serialising_instruction_runs_as_changed() {
+    for (program, place) in [(&IN_LINE[..], PROGRAM + 0x14), (&AFTER_A_CALL[..], PROGRAM + 0x13)] {
+        let lab = Lab::new(false);
+        let executor = lab.boot(Mode::Long, program);
+        prepare(&lab, &executor, PROGRAM, place);
+        lab.ram.write(WRITER, &CHANGER);
+        let changer = lab.vm.create_vcpu(1).unwrap();
+        prepare(&lab, &changer, WRITER, place);
+
+        let [one, other] = [spawn(&executor), spawn(&changer)];
+
+        assert_eq!(one.join().unwrap(), Seen::Out(0x10, 4, 0), "stale code at {place:#x}");
         assert_eq!(other.join().unwrap(), Seen::Out(0x11, 1, 0));
     }
 }

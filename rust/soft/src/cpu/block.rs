@@ -11,7 +11,7 @@ use super::bind::{bind, Thunks};
 use super::op::Op;
 use super::state::{seg, CodeSize};
 use super::translate::Translation;
-use super::{Cpu, Exit, Stop, R};
+use super::{attention, Cpu, Exit, Stop, R};
 use crate::mem::{granules, note_store, PAGE_SIZE};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use std::collections::HashMap;
@@ -457,6 +457,10 @@ impl Cpu {
     /// the others to notice; one that has not may have stored to it, so its code is decoded anew.
     #[inline]
     pub(crate) fn serialise(&mut self) {
+        if self.shared.attention.load(SeqCst) & attention::CODE != 0 {
+            // The code in execution may be among what changed: nothing of it goes on unlooked at.
+            self.code_changed();
+        }
         if !self.shared_code.is_empty() {
             self.decode_shared_code_anew();
         }
