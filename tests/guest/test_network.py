@@ -105,7 +105,7 @@ test "$(cat /sys/class/net/eth1/statistics/rx_bytes)" -gt 1048576 && say through
 
 def test_guest_whose_passt_dies_goes_on_with_a_new_one() -> None:
     # Waiting for an answer that died with passt has no end of its own: there is nothing to send that would be refused.
-    script = DHCP + 'say first\nwhile :; do wget -q -T 5 -O /dev/null "http://$report/more"; done\n'
+    script = DHCP + 'say first\nwhile :; do timeout 5 wget -q -O /dev/null "http://$report/more"; done\n'
     with running(script) as guest:
         assert guest.next() == "first"
         kill_passt(guest)
