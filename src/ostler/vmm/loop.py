@@ -6,6 +6,9 @@ like any exception. Devices arm timers from processor threads: a nearer deadline
 epoll(7): a round costs what is ready, not what is watched, and a guest has many descriptors (a pair
 per virtqueue, sockets per connection). Files and /dev/null, which epoll refuses because they are
 always ready, are kept apart and called every round, as poll(2) would have it.
+
+A callback may close descriptors and open others that get the same numbers. What epoll reported of a
+number before it was given up is not about its new owner, and is left for the next round to tell.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import select
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Self
@@ -78,11 +82,14 @@ class EventLoop:
         # What epoll was told of each descriptor, and those it refuses.
         self._watched: dict[int, int] = {}
         self._always_ready: set[int] = set()
+        # Given up in this round: what is still to be served of it is the former owner's.
+        self._given_up: set[int] = set()
         # A handful, made while the board is wired: looking at each is cheaper than a heap, which a
         # guest that arms and disarms without end would fill.
         self._timers: list[LoopTimer] = []
         self._sleeps_until_ns = 0
-        self._calls: list[Callable[[], None]] = []
+        # One object for ever: a thread on its way to append would otherwise do so to a list served before.
+        self._calls: deque[Callable[[], None]] = deque()
         self._stopping = False
 
     def new_timer(self, *, lock: AbstractContextManager[object] | None = None) -> LoopTimer:
@@ -129,7 +136,9 @@ class EventLoop:
     def run(self) -> None:
         """Serve until `stop`."""
         while not self._stopping:
-            for fd, events in self._epoll.poll(self._timeout_s()):
+            ready = self._epoll.poll(self._timeout_s())
+            self._given_up.clear()
+            for fd, events in ready:
                 if fd == self._wake.fd:
                     self._wake.drain()
                 else:
@@ -141,6 +150,8 @@ class EventLoop:
 
     def _serve(self, fd: int, events: int) -> None:
         """Tell whoever watches `fd`. A callback may have removed it, or the other one, in this round."""
+        if fd in self._given_up:
+            return
         if events & READABLE and (reader := self._readers.get(fd)):
             reader()
         # A hang-up is the reader's to see, by reading what came before it; the writer's where nobody reads.
@@ -152,6 +163,8 @@ class EventLoop:
         """Tell epoll what is wanted of `fd` now. Nothing wanted is not watched at all: a hang-up would spin."""
         wanted = (select.EPOLLIN if fd in self._readers else 0) | (select.EPOLLOUT if fd in self._writers else 0)
         known = self._watched.get(fd, 0)
+        if not wanted:
+            self._given_up.add(fd)
         if fd in self._always_ready:
             if not wanted:
                 self._always_ready.discard(fd)
@@ -183,9 +196,9 @@ class EventLoop:
         return max((nearest_ns - time.monotonic_ns()) / 1e9, 0)
 
     def _run_calls(self) -> None:
-        calls, self._calls = self._calls, []
-        for callback in calls:
-            callback()
+        # What these ask for in turn is for the next round.
+        for _ in range(len(self._calls)):
+            self._calls.popleft()()
 
     def _run_timers(self) -> None:
         now_ns = time.monotonic_ns()

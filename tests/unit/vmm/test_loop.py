@@ -150,3 +150,72 @@ def test_files_that_epoll_refuses_are_read_to_their_end(tmp_path: Path) -> None:
         loop.run()
         assert loop._always_ready == set()
     assert got == b"abc"
+
+
+def test_event_of_a_descriptor_given_up_is_not_told_its_successor() -> None:
+    told: list[str] = []
+    with EventLoop() as loop:
+        pipes = [os.pipe() for _ in range(2)]
+        quiet = os.pipe()
+
+        def replace() -> None:
+            """Whichever is served first gives both up, and something else gets the other one's number."""
+            for read, _ in pipes:
+                loop.remove_reader(read)
+            for read, _ in pipes:
+                os.dup2(quiet[0], read)
+                loop.add_reader(read, lambda: told.append("successor"))
+            loop.call_soon(loop.stop)
+
+        for read, write in pipes:
+            loop.add_reader(read, replace)
+            os.write(write, b"x")
+        loop.run()
+    for fd in (*pipes[0], *pipes[1], *quiet):
+        os.close(fd)
+    assert told == []
+
+
+def test_descriptor_given_up_and_watched_again_is_served_in_the_next_round() -> None:
+    read, write = os.pipe()
+    with EventLoop() as loop:
+
+        def again() -> None:
+            loop.remove_reader(read)
+            loop.add_reader(read, loop.stop)
+
+        loop.add_reader(read, again)
+        os.write(write, b"x")
+        loop.run()
+    os.close(read)
+    os.close(write)
+
+
+def test_call_of_a_thread_held_up_on_its_way_is_not_lost() -> None:
+    with EventLoop() as loop:
+        # As far as a thread gets in `call_soon` before another one runs.
+        held_up = loop._calls.append
+
+        def served() -> None:
+            held_up(loop.stop)
+            loop._wake.signal()
+
+        loop.call_soon(lambda: loop.call_soon(served))
+        loop.run()
+    assert not loop._calls
+
+
+def test_call_that_asks_to_be_called_again_lets_the_loop_get_on() -> None:
+    fired: list[str] = []
+    with EventLoop() as loop:
+        timer = loop.new_timer()
+        timer.call(loop.stop)
+
+        def again() -> None:
+            fired.append("call")
+            loop.call_soon(again)
+
+        timer.arm(1)
+        again()
+        loop.run()
+    assert fired == ["call", "call"]
