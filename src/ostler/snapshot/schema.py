@@ -52,7 +52,7 @@ from ostler.devices.state import Saved
 from ostler.errors import BadRequest, StateError
 from ostler.machine.saved import CHIPS, SavedMachine, SavedProcessor
 
-MAGIC, VERSION = b"OSTLERst", 1
+MAGIC, VERSION = b"OSTLERst", 2
 HEAD = struct.Struct("<8sII32s")
 # 255 processors have 2 MiB of structures, and no device has more than a few dozen KiB.
 MAX_BODY_BYTES = 16 << 20

@@ -43,6 +43,10 @@ def reseal(body: object) -> bytes:
     return schema.HEAD.pack(schema.MAGIC, schema.VERSION, len(data), hashlib.sha256(data).digest()) + data
 
 
+def head(size_bytes: int) -> bytes:
+    return schema.HEAD.pack(schema.MAGIC, schema.VERSION, size_bytes, bytes(32))
+
+
 def body_of(data: bytes) -> Any:
     return json.loads(data[schema.HEAD.size :])
 
@@ -88,9 +92,9 @@ def test_state_of_another_shape_is_refused(change: Callable[[Any], object], mess
     [
         (b"", "saved state of 0 bytes: expected 48 at least"),
         (b"x" * 60, "saved state begins with 7878787878787878"),
-        (schema.HEAD.pack(schema.MAGIC, 2, 0, bytes(32)), "saved state of version 2: this Ostler reads version 1"),
-        (schema.HEAD.pack(schema.MAGIC, 1, 9, bytes(32)) + b"{}", "saved state of 2 bytes: expected the 9 its head"),
-        (schema.HEAD.pack(schema.MAGIC, 1, 2, bytes(32)) + b"{}", "saved state is damaged: its checksum differs"),
+        (schema.HEAD.pack(schema.MAGIC, 1, 0, bytes(32)), "saved state of version 1: this Ostler reads version 2"),
+        (head(9) + b"{}", "saved state of 2 bytes: expected the 9 its head"),
+        (head(2) + b"{}", "saved state is damaged: its checksum differs"),
         (reseal(b"[" * 100_000), "saved state is no JSON"),
         (reseal(b"1" * 100_000), "saved state is no JSON"),
         (reseal(b"NaN"), "saved state is no JSON: NaN is no number"),

@@ -12,22 +12,27 @@ before is still passed on. A host that is done with both directions says so by S
 What a guest can cost the host: `MAX_CONNECTIONS` streams with `BUFFER_BYTES` each, and what `vsock_outbox` keeps
 for it; beyond that the guest's queue waits until it takes answers.
 
-Left out on purpose: SEQPACKET sockets; guests talking to each other (only CID 2 is reachable).
+A guest that goes on from saved state is told that each connection it had is gone by an RST in the receive queue and not
+by the event of section 5.10.6.9: drivers serve events beside packets, so that one might end a connection that was asked
+for after it. For the same reason host ports of such connections are not used again.
+
+Left out on purpose: SEQPACKET sockets; guests talking to each other (only CID 2 is reachable); events.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from ostler.devices.state import Saved, load, save, uint
+from ostler.devices.state import Saved, blob, load, save, uint
 from ostler.devices.virtio.chain import Chain, QueueError
 from ostler.devices.virtio.device import VirtioDevice
 from ostler.devices.virtio.queue import Virtqueue
 from ostler.devices.virtio.vsock_connection import BUFFER_BYTES, CREDIT_STEP_BYTES, Connection, Stage, Stream
-from ostler.devices.virtio.vsock_outbox import Outbox
+from ostler.devices.virtio.vsock_outbox import MOST_OWED, Outbox
 from ostler.devices.virtio.vsock_packet import (
     HEADER_BYTES,
     HOST_CID,
@@ -46,17 +51,18 @@ from ostler.devices.virtio.vsock_packet import (
     cut,
     read_header,
 )
+from ostler.errors import StateError
 
 DEVICE_TYPE = 19
 RX, TX, EVENT = range(3)
 QUEUE_SIZE, EVENT_QUEUE_SIZE = 256, 16
 F_STREAM = 1 << 0
-EVENT_TRANSPORT_RESET = bytes(4)
 DEFAULT_GUEST_CID = 3
 
 MAX_CONNECTIONS = 256
 # Host ports given to connections that the host asks for: above those a guest would ask for by number.
 FIRST_HOST_PORT, LAST_HOST_PORT = 1 << 30, (1 << 31) - 1
+PORTS = struct.Struct("<II")
 # Per wake-up of one stream: enough to make the costs of waking small, little enough for the others' turns.
 READ_BYTES = 256 << 10
 # Packets of the guest served in one go; then the event loop gets a turn.
@@ -75,9 +81,12 @@ class VsockBackend(Protocol):
 
 @dataclass(slots=True)
 class VsockState:
-    """What outlives the process. Connections do not: their other ends are sockets of this host."""
+    """What outlives the process. Connections do not, as their other ends are sockets of this host; their names do."""
 
     guest_cid: int = uint(64, DEFAULT_GUEST_CID)
+    next_host_port: int = uint(32, FIRST_HOST_PORT)
+    lost: bytes = blob(MOST_OWED * PORTS.size)
+    """Connections the guest is to be told the end of: its port and the host's, each."""
 
 
 class VsockDevice(VirtioDevice):
@@ -93,13 +102,10 @@ class VsockDevice(VirtioDevice):
         self._state = VsockState(guest_cid)
         self._outbox = Outbox(guest_cid)
         self._tx: Virtqueue | None = None
-        self._events: Virtqueue | None = None
         self._connections: dict[tuple[int, int], Connection] = {}
         self._draining: set[Connection] = set()
         # Streams that have data and found no room in the guest's queue.
         self._starved: dict[Connection, None] = {}
-        self._next_host_port = FIRST_HOST_PORT
-        self._reset_owed = False
         self._malformed = 0
 
     @property
@@ -152,8 +158,8 @@ class VsockDevice(VirtioDevice):
 
     def _new_host_port(self, guest_port: int) -> int:
         while True:
-            port = self._next_host_port
-            self._next_host_port = port + 1 if port < LAST_HOST_PORT else FIRST_HOST_PORT
+            port = self._state.next_host_port
+            self._state.next_host_port = port + 1 if port < LAST_HOST_PORT else FIRST_HOST_PORT
             if (guest_port, port) not in self._connections:
                 return port
 
@@ -167,20 +173,17 @@ class VsockDevice(VirtioDevice):
     # -- VirtioDevice -----------------------------------------------------------------------
 
     def activate(self, queues: Sequence[Virtqueue], features: int) -> None:  # noqa: ARG002 - one feature, always on
-        self._outbox.rx, self._tx, self._events = queues
-        self._announce_reset()
+        self._outbox.rx, self._tx, _ = queues
 
     def kicked(self, index: int) -> None:
         if index == RX:
             self._resume_reading()
         elif index == TX:
             self._serve_tx()
-        elif index == EVENT:
-            self._announce_reset()
 
     def reset(self) -> None:
         self._drop_connections()
-        self._outbox.rx = self._tx = self._events = None
+        self._outbox.rx = self._tx = None
 
     def read_config(self, offset: int, size: int) -> int:
         return self._state.guest_cid >> (offset * 8) & ((1 << size * 8) - 1)
@@ -189,27 +192,23 @@ class VsockDevice(VirtioDevice):
         """Read-only, section 5.10.4."""
 
     def save(self) -> Saved:
+        gone = [*self._connections, *self._outbox.resets]
+        self._state.lost = b"".join(PORTS.pack(*each) for each in gone[:MOST_OWED])
         return save(self._state)
 
     def restore(self, data: Mapping[str, object]) -> None:
         """Raises StateError and then changes nothing. The guest is told that its connections are gone."""
-        self._state = load(VsockState, "vsock", data)
-        self._outbox.guest_cid = self._state.guest_cid
+        state = load(VsockState, "vsock", data)
+        if len(state.lost) % PORTS.size:
+            raise StateError(f"vsock: saved lost has {len(state.lost)} bytes: expected a multiple of {PORTS.size}")
+        if not FIRST_HOST_PORT <= state.next_host_port <= LAST_HOST_PORT:
+            raise StateError(f"vsock: saved next_host_port = {state.next_host_port:#x}: not one of the host's")
         self._drop_connections()
-        self._reset_owed = True
-        self._announce_reset()
-
-    def _announce_reset(self) -> None:
-        """Section 5.10.6.9: after a restore, as soon as the driver has given a buffer to say it in."""
-        if not self._reset_owed or self._events is None or (chain := self._events.pop()) is None:
-            return
-        written = 0
-        for view in cut(chain.writable, 0, len(EVENT_TRANSPORT_RESET)):
-            view[:] = EVENT_TRANSPORT_RESET[written : written + len(view)]
-            written += len(view)
-        self._events.push(chain, written)
-        self._events.flush()
-        self._reset_owed = False
+        self._state = state
+        self._outbox.guest_cid = state.guest_cid
+        # Sent when the transport has the queues looked at: only then can the guest be interrupted.
+        for guest_port, host_port in PORTS.iter_unpack(state.lost):
+            self._outbox.reset(guest_port, host_port)
 
     def _drop_connections(self) -> None:
         for connection in [*self._connections.values(), *self._draining]:

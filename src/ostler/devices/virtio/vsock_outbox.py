@@ -26,6 +26,8 @@ from ostler.devices.virtio.vsock_packet import (
 )
 
 MAX_RESETS = 256
+# With those that the device begins by itself, of all connections at once and some more.
+MOST_OWED = 3 * MAX_RESETS
 # In one go: as with READ_BYTES of the device, the others want their turns.
 READ_CHAINS = 128
 
@@ -53,6 +55,11 @@ class Outbox:
         """Whether there is no room for another answer to a packet of the guest's."""
         return len(self._resets) >= MAX_RESETS
 
+    @property
+    def resets(self) -> list[tuple[int, int]]:
+        """Guest's and host's port of connections whose end the guest does not know of yet."""
+        return [(guest_port, host_port) for guest_port, host_port, kind in self._resets if kind == TYPE_STREAM]
+
     def owe(self, connection: Connection, op: int) -> None:
         """A packet of a connection, sent by `pay`."""
         connection.pending[op] = None
@@ -68,7 +75,7 @@ class Outbox:
 
     def reset(self, guest_port: int, host_port: int) -> bool:
         """Tell the guest that a connection is gone; false when it takes no answers."""
-        if len(self._resets) >= 2 * MAX_RESETS:
+        if len(self._resets) >= MOST_OWED:
             return False
         self._resets.append((guest_port, host_port, TYPE_STREAM))
         return True

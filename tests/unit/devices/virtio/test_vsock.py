@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ostler.devices.virtio import vsock
-from ostler.devices.virtio.vsock import EVENT, MAX_CONNECTIONS
+from ostler.devices.virtio.vsock import MAX_CONNECTIONS
 from ostler.devices.virtio.vsock_connection import BUFFER_BYTES
 from ostler.devices.virtio.vsock_outbox import MAX_RESETS
 from ostler.devices.virtio.vsock_packet import (
@@ -382,19 +382,39 @@ def test_device_reset_closes_every_stream() -> None:
 
 
 def test_restored_device_tells_the_guest_that_its_connections_are_gone() -> None:
-    saved = Guest().device.save()
-    with Guest(events=False) as guest:
+    with Guest() as before:
+        _, host_port = accepted(before)
+        saved = before.device.save()
+    with Guest() as guest:
         guest.device.restore(saved)
-        sent = guest.events.add(writable=[8])
-        guest.driver.kick(EVENT)
-        done = guest.events.collect()
+        assert guest.device.open(FakeStream(), AGENT)
+        (reset, _), (request, _) = guest.received()
 
-    assert done == [sent]
-    assert sent.written == 4
-    assert saved == {"guest_cid": 3}
+    assert (reset.op, reset.dst_port, reset.src_port) == (OP_RST, AGENT, host_port)
+    # A guest that still holds its end of the old connection must not take this for a packet of it.
+    assert (request.op, request.dst_port) == (OP_REQUEST, AGENT)
+    assert request.src_port != host_port
 
 
-@pytest.mark.parametrize("data", [{}, {"guest_cid": -1}, {"guest_cid": 1 << 64}, {"guest_cid": 3, "more": 1}])
+def test_restored_device_that_is_saved_at_once_still_knows_whom_to_tell() -> None:
+    with Guest() as before:
+        accepted(before)
+        saved = before.device.save()
+    with Guest(rx_buffers=0) as guest:
+        guest.device.restore(saved)
+        assert guest.device.save() == saved
+
+
+_SAVED: dict[str, object] = {"guest_cid": 3, "next_host_port": 1 << 30, "lost": b""}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {}, {**_SAVED, "guest_cid": -1}, {**_SAVED, "guest_cid": 1 << 64}, {**_SAVED, "more": 1},
+        {**_SAVED, "lost": bytes(7)}, {**_SAVED, "lost": bytes(8 * 1000)}, {**_SAVED, "next_host_port": 80},
+    ],
+)  # fmt: skip
 def test_hostile_saved_state_is_refused(data: dict[str, object]) -> None:
     with Guest() as guest, pytest.raises(StateError):
         guest.device.restore(data)
