@@ -140,7 +140,9 @@ def validate_request(values: dict[str, Any], *, folder: Path | None = None) -> G
 
 def read_request(path: Path, **over: Any) -> GuestRequest:
     """The guest that a TOML file describes; what is given besides wins over it. Raises BadRequest."""
-    values = _read_toml(path)
+    values = read_table(path)
+    # How a host service is to treat the guest: `ostler host` reads it, and one file serves both.
+    values.pop("host", None)
     described = validate_request(values, folder=path.parent)
     given = {name: value for name, value in over.items() if value is not None}
     if not given:
@@ -149,7 +151,8 @@ def read_request(path: Path, **over: Any) -> GuestRequest:
     return validate_request({**kept, **given})
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
+    """What a TOML file says, not judged yet. Raises BadRequest."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
