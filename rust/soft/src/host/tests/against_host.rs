@@ -89,7 +89,8 @@ fn encodings(random: &mut Random) -> Vec<Vec<u8>> {
     let maps: [&[u8]; 3] = [&[0x0F], &[0x0F, 0x38], &[0x0F, 0x3A]];
     for map in maps {
         for (prefix, rex) in prefixes() {
-            for opcode in 0..=255 {
+            // 38 and 3A lead to the other maps, where the byte meant as ModRM would be an opcode.
+            for opcode in (0..=255).filter(|opcode| map.len() > 1 || !matches!(opcode, 0x38 | 0x3A)) {
                 for modrm in modrms(map, opcode, random) {
                     // A memory operand is [rbx], so REX.B must be clear.
                     let rex = if modrm < 0xC0 { rex & !1 } else { rex };
