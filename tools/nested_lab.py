@@ -6,12 +6,16 @@ tree's sources, the kernels to boot and saved guests reach it by a folder of the
 cargo, runs tests/accel, boots guests, and takes over guests that the host's software CPU began; those it began itself
 go on here afterwards. `lab/steps` says it in order. Its console is the protocol: `LAB step status seconds` lines.
 
+Now and then the emulated machine stands still as a whole, clocks, consoles and limits of time included. Its `steps` say
+every ten seconds that it lives; one that is silent is ended, and a second one does what is left, which is said loudly.
+
 Exit status 0 when every step passed, 1 when one failed, and with one line also 0 where this host cannot have a lab.
 """
 
 from __future__ import annotations
 
 import argparse
+import queue
 import re
 import resource
 import shutil
@@ -21,6 +25,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 from lab import carry, outer
 from lab.outer import HERE, ROOT, say
@@ -35,7 +40,11 @@ NEEDED = {QEMU: "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mke2fs": "e2fspr
 INNER_KERNELS = ("debian-12-cloud", "debian-13-cloud")
 SOURCES = ("src", "tests", "tools", "benches", "pyproject.toml", "README.md", "LICENSE", "rust/Cargo.toml")
 LINE = re.compile(r"LAB (\S+) (\d+) ([\d.]+)\s*$")
-TIME_LIMIT_S = 3000
+TIME_LIMIT_S = 1500
+SILENCE_LIMIT_S = 120
+LABS_AT_MOST = 2
+# What a second lab must do again: its disk is as the first one's was at the beginning.
+ALWAYS = {"kvm", "install"}
 MEMORY_MIB = 4096
 # What the processor that QEMU 7.2 emulates lacks of Ostler's default model: a guest to be carried does without.
 WITHOUT = (
@@ -109,22 +118,43 @@ def command(share: Path, disk: Path, image: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def run(line: list[str]) -> Steps:
-    """Run the lab, showing its console; return status and seconds by step."""
-    steps: Steps = {}
+def run(line: list[str], steps: Steps) -> bool:
+    """Run the lab, showing its console; add status and seconds by step. Whether it came to its end by itself."""
+    console: queue.Queue[str | None] = queue.Queue()
     with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace") as lab:
-        assert lab.stdout is not None
-        limit = threading.Timer(TIME_LIMIT_S, lab.kill)
-        limit.start()
+        reader = threading.Thread(target=listen, args=(lab.stdout, console), daemon=True)
+        reader.start()
+        limit = time.monotonic() + TIME_LIMIT_S
         try:
-            for text in lab.stdout:
-                print(text.rstrip(), flush=True)
+            while time.monotonic() < limit and (text := console.get(timeout=SILENCE_LIMIT_S)) is not None:
+                if not text.startswith("LAB-ALIVE"):
+                    print(text.rstrip(), flush=True)
                 if found := LINE.search(text):
                     steps[found[1]] = (int(found[2]), float(found[3]))
+        except queue.Empty:
+            say(f"the emulated machine stands still: not a word for {SILENCE_LIMIT_S} s")
+            return False
         finally:
-            limit.cancel()
             lab.kill()
-    return steps
+    return time.monotonic() < limit
+
+
+def listen(stream: IO[str] | None, console: queue.Queue[str | None]) -> None:
+    """Hand on every line, and None at the end."""
+    for text in stream or ():
+        console.put(text)
+    console.put(None)
+
+
+def run_to_the_end(line: list[str], share: Path, steps: Steps) -> None:
+    """Run the lab; where it stands still, have another one do what is left."""
+    settings = (share / "settings").read_text()
+    for turn in range(LABS_AT_MOST):
+        done = " ".join(sorted(steps.keys() - ALWAYS))
+        (share / "settings").write_text(f"{settings}DONE='{done}'\n")
+        say("booting the lab" + (" again for what is left" if turn else ""))
+        if run(line, steps):
+            break
 
 
 def carry_here(steps: Steps, name: str, words: list[str]) -> None:
@@ -158,12 +188,13 @@ def lab(arguments: argparse.Namespace) -> int:
         if arguments.carries:
             words = ["save", f"{share}/carry/soft", "--count", str(arguments.carries), "--without", WITHOUT, *kernel]
             carry_here(steps, "save-here", words)
-        say("booting the lab")
-        steps |= run(command(share, disk, image))
+        run_to_the_end(command(share, disk, image), share, steps)
         for turn in range(1, arguments.carries + 1):
             name, state = f"continue-here:{turn}", share / "carry" / f"kvm-{turn}"
+            if not state.exists():
+                continue
             carry_here(steps, name, ["continue", str(state)])
-            if steps[name][0] and state.exists():
+            if steps[name][0]:
                 kept = shutil.copy2(state, cache_root() / "lab" / f"failed-{time.time():.0f}-{turn}")
                 say(f"kept what failed: carry.py continue --accel soft {kept}")
     failed = sorted(name for name, (status, _) in steps.items() if status != 0)
