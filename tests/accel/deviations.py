@@ -53,7 +53,7 @@ QEMU_SVM: dict[str, str] = {
     f"{_NUMERIC}[misaligned word with AC and AM]": _NO_AC,
     f"{_NUMERIC}[aligned word with AC and AM, then misaligned]": _NO_AC,
     f"{_WRMSR}[{0xC000_0100}-{0x8000_0000_0000_0000}]": "QEMU takes any address; KVM does not intercept this register",
-    f"{_WRMSR}[{0xC000_0102}-{0x0001_0000_0000_0000}]": "QEMU takes any address; KVM does not intercept this register",
+    f"{_WRMSR}[{0xC000_0102}-{0x0100_0000_0000_0000}]": "QEMU takes any address; KVM does not intercept this register",
     f"{_OTHERS}[xbegin]": "QEMU takes XBEGIN without RTM, and aborts at once",
     f"{_OTHERS}[monitor]": "KVM makes it do nothing (KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)",
     "test_transfers.py::test_syscall_enters_ring_0_and_masks_flags": "QEMU's SYSCALL loses the arithmetic flags",
@@ -76,12 +76,21 @@ QEMU_SVM: dict[str, str] = {
 
 def host_is_qemus_emulation() -> bool:
     """Whether this Linux runs on a processor that QEMU emulates: that is what gives itself such names."""
+    return _cpuinfo("model name").startswith(_QEMU_NAMES)
+
+
+def host_flag(name: str) -> bool:
+    """Whether the host's kernel says that its processor has the feature."""
+    return name in _cpuinfo("flags").split()
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor; empty where there is none."""
     try:
         lines = _CPUINFO.read_text().splitlines()
     except OSError:
-        return False
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return bool(names) and names[0].startswith(_QEMU_NAMES)
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def table_key(node_id: str, accelerator: str) -> str:
