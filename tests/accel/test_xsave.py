@@ -82,6 +82,9 @@ def test_xsetbv_takes_what_the_model_has(lab: Lab, value: int, *, fault: bool) -
     """),
         cpu=model("ostler-v2.2"),
     ) as machine:
+        if lab.emulated_svm and not fault:
+            # KVM never learns of XSETBV there (deviations.py), and an exit between the two would undo it.
+            set_xcr0(machine, value)
         log = machine.run()
 
         assert log[:3] == [GP, 0, machine.label("at")] if fault else log == [value]
@@ -90,12 +93,16 @@ def test_xsetbv_takes_what_the_model_has(lab: Lab, value: int, *, fault: bool) -
 ENABLE_SSE = "xor ecx, ecx; mov eax, 3; xor edx, edx; xsetbv;"
 
 
+def set_xcr0(machine: Machine, value: int) -> None:
+    xcrs = Xcrs(nr_xcrs=1)
+    xcrs.xcrs[0].value = value
+    machine.vcpus[0].set_xcrs(xcrs)
+
+
 def machine_with_sse(lab: Lab, text: str) -> Machine:
     """XCR0 set from outside, too: see deviations.py on who never learns of XSETBV."""
     machine = lab.machine(program(f"{ENABLE_SSE}\n{text}"), cpu=model("ostler-v2.2"))
-    xcrs = Xcrs(nr_xcrs=1)
-    xcrs.xcrs[0].value = 3
-    machine.vcpus[0].set_xcrs(xcrs)
+    set_xcr0(machine, 3)
     return machine
 
 
