@@ -1,8 +1,9 @@
 """`python -m benches.migration_kills`: source, target or link ended at random moments of a migration.
 
 A guest counts, on its console and on a disk that both sides open by its path. After each kill there must be exactly one
-copy that goes on counting, from where the last one was, with the disk saying the same number. A source that is killed
-before the target has everything takes its guest along, as killing any guest's process does: those are counted apart.
+copy that goes on counting, from where the last one was, with the disk saying the same number. Killing the process in
+which the guest runs, before the other has everything or after it has gone there, is killing the guest, as at any other
+time: those are counted apart, and then no copy may run. What the sides' witnesses say tells the cases from each other.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from ostler.control.launch import launch
 from ostler.errors import OstlerError
 from ostler.images import kernels
 from ostler.migration.address import parse_address
+from ostler.migration.witness import MOVING, RUNNING, STOPPED
 from tests.guest.devices_guest import image_of
 
 DISK_BYTES = 1 << 20
@@ -80,13 +83,17 @@ class Proxy:
                     threading.Thread(target=self._pump, args=pair, daemon=True).start()
 
     def _pump(self, one: socket.socket, other: socket.socket) -> None:
-        with contextlib.suppress(OSError):
+        try:
             while data := one.recv(1 << 16):
                 if self._cut:
                     return
                 other.sendall(data)
-        with contextlib.suppress(OSError):
             other.shutdown(socket.SHUT_WR)
+        except OSError:
+            # Whoever is still there hears of it at once, as it would from a real link's other end.
+            for each in (one, other):
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
 
 
 def counted(entry: runtime.Entry) -> int:
@@ -154,8 +161,39 @@ def end(name: str) -> bool:
     return False
 
 
-def trial(here: str, there: str, disk: Path, chance: random.Random, usual_s: list[float]) -> tuple[str, str, list[str]]:
-    """One migration and one kill: what was killed, what came of it, who lives."""
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One migration and one kill."""
+
+    what: str
+    outcome: str
+    living: list[str]
+    words: dict[str, str]
+    """How far each side had written that it was; one that went on has removed its own, but for a guest that runs."""
+
+    def verdict(self, here: str, there: str) -> tuple[str, bool]:
+        """What came of it, and whether that is right."""
+        mine = self.words.get("source", ""), self.words.get("target", "")
+        where = {(here,): "lives here", (there,): "lives there", (): "no copy"}.get((*self.living,), "WRONG")
+        if self.what == "source" and mine == ("", RUNNING):
+            return f"source killed when the guest had gone: {where}", self.living == [there]
+        if self.what == "source" and mine[0] in ("", MOVING):
+            return f"source killed while the guest ran in it: {where}", not self.living
+        if self.what == "source" and mine[0] == STOPPED:
+            # The target may have had everything or not: in the first case it has to go on.
+            right = self.living == ([there] if mine[1] == RUNNING else [])
+            return f"source killed in the hand-over: {where}", right
+        if self.what == "source":
+            return f"source killed after COMMIT: {where}", self.living == [there]
+        if self.what == "target" and mine[1] == RUNNING:
+            return f"target killed while the guest ran in it: {where}", not self.living
+        if self.what == "target":
+            return f"target killed before the guest ran in it: {where}", self.living == [here]
+        return f"{self.what}: {where}", len(self.living) == 1
+
+
+def trial(here: str, there: str, disk: Path, chance: random.Random, usual_s: list[float]) -> Trial:
+    """One migration and one kill."""
     what = chance.choice(["source", "target", "link"])
     # Half of them about the hand-over, which is the last few percent.
     usual = sum(usual_s[-4:]) / len(usual_s[-4:])
@@ -163,6 +201,7 @@ def trial(here: str, there: str, disk: Path, chance: random.Random, usual_s: lis
     said: list[Any] = []
     done: list[float] = []
     began = threading.Event()
+    known = set(witnesses())
     with receiving(began) as receiver, contextlib.closing(Proxy(receiver.address.port)) as proxy:
 
         def move() -> None:
@@ -184,8 +223,13 @@ def trial(here: str, there: str, disk: Path, chance: random.Random, usual_s: lis
             what += " (gone already)"
         thread.join(60)
         if thread.is_alive():
-            return what, "the migration never ends", []
+            return Trial(what, "the migration never ends", ["nobody", "knows"], {})
         survivors = alive([here, there])
+        words = {}
+        for path in witnesses():
+            if path not in known:
+                with contextlib.suppress(FileNotFoundError):
+                    words[path.suffix[1:]] = path.read_text().strip()
     moved = isinstance(said[0], dict)
     if moved:
         usual_s.append(done[0] - started)
@@ -193,8 +237,13 @@ def trial(here: str, there: str, disk: Path, chance: random.Random, usual_s: lis
     for entry in survivors:
         on_disk, on_console = int(disk.read_bytes()[:16] or b"0"), counted(entry)
         if not -3 <= on_console - on_disk <= 3:
-            return what, f"{outcome}; disk says {on_disk}, console {on_console}", ["disk", "differs"]
-    return what, outcome, [entry.name for entry in survivors]
+            return Trial(what, f"{outcome}; disk says {on_disk}, console {on_console}", ["disk", "differs"], words)
+    return Trial(what, outcome, [entry.name for entry in survivors], words)
+
+
+def witnesses() -> list[Path]:
+    """What the two sides of migrations have written of themselves."""
+    return [*(runtime.root() / "migrations").glob("*.*")]
 
 
 def main() -> int:
@@ -215,19 +264,15 @@ def main() -> int:
                 boot(here, disk)
             there = f"kills-{os.getpid()}-{number}-b"
             before = counted(runtime.find(here))
-            what, outcome, living = trial(here, there, disk, chance, usual_s)
-            killed_with_guest = what == "source" and not living
-            right = len(living) == 1 or killed_with_guest
-            if len(living) == 1 and counted(runtime.find(living[0])) < before and living[0] == here:
+            tried = trial(here, there, disk, chance, usual_s)
+            text, right = tried.verdict(here, there)
+            living = tried.living
+            if living == [here] and counted(runtime.find(here)) < before:
                 right = False
-            if what == "target" and not living and "moved" in outcome:
-                # It ran there already: the guest itself was killed.
-                right = killed_with_guest = True
             wrong += not right
-            where = "one copy" if len(living) == 1 else "guest killed" if killed_with_guest else f"WRONG: {living}"
-            side = "" if len(living) != 1 else " (here)" if living[0] == here else " (there)"
-            tally[f"{what}: {where}{side}"] += 1
-            print(f"  {number + 1}: {what}: {where} {living} [{outcome[:110]}]", flush=True)
+            tally[text] += 1
+            shown = f"{text} {'' if right else 'WRONG '}{tried.words} [{tried.outcome[:110]}]"
+            print(f"  {number + 1}: {shown}", flush=True)
             for name in (here, there):
                 if name not in living:
                     end(name)

@@ -154,8 +154,9 @@ class Incoming:
             target.received(expect(self._link, Kind.COMMIT, Kind.CANCEL))
         except LinkLost as error:
             self._resolve(error)
-        self._witness.write(witness.RUNNING)
         acquire()
+        # The very last thing before the first instruction: who dies earlier leaves the guest to the source.
+        self._witness.write(witness.RUNNING)
 
     def say_running(self) -> None:
         """The guest runs; a source that is gone needs not know."""
