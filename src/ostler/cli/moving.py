@@ -33,7 +33,7 @@ def migrate(  # noqa: PLR0913 - one for each option
         list[str], typer.Argument(metavar="[GUEST…] ADDRESS", help="tcp://HOST:PORT or unix:PATH at the end.",
                                   autocompletion=lambda incomplete: complete_running(incomplete) + _address(incomplete))
     ],
-    everything: Annotated[bool, typer.Option("--all", help="Every running guest, at once.")] = False,  # noqa: FBT002
+    everything: Annotated[bool, typer.Option("--all", help="Every running guest.")] = False,  # noqa: FBT002
     cancel: Annotated[bool, typer.Option("--cancel", help="Call off what is under way; give guests only.")] = False,  # noqa: FBT002
     cert: Cert = None,
     key: Key = None,
@@ -44,6 +44,7 @@ def migrate(  # noqa: PLR0913 - one for each option
     bandwidth: Annotated[
         str | None, typer.Option(metavar="SIZE", help="At most so much a second, all guests together: 100M.")
     ] = None,
+    at_once: Annotated[int, typer.Option("--at-once", min=1, max=64, help="Guests on their way at a time.")] = 2,
     downtime: Annotated[float, typer.Option(min=0, max=60000, metavar="MS", help="Wanted pause at most.")] = 40,
     post_copy: Annotated[
         str, typer.Option(metavar="never|auto|now", help="Whether a guest may go before its memory has.")
@@ -80,6 +81,7 @@ def migrate(  # noqa: PLR0913 - one for each option
     wish = moving.Wish(
         address=address, tls=tls_files(cert, key, authority), insecure=insecure, streams=streams,
         compression=compress, bytes_per_s=_rate(bandwidth), downtime_ms=downtime, name=name, post_copy=post_copy,
+        at_once=at_once,
     )  # fmt: skip
     wish.check()
     entries = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
@@ -14,6 +15,9 @@ from ostler.control.connection import Connection, ConnectionLost
 from ostler.control.runtime import Entry
 from ostler.errors import GuestNotFound, MigrationError, OstlerError
 from ostler.migration.address import TlsFiles, check_privacy, parse_address
+
+# Each copy wants a processor on both sides. More at a time send more pages twice and arrive no sooner.
+AT_ONCE = 2
 
 Told = Callable[[str, dict[str, Any]], None]
 """Told a guest's name and how far it is."""
@@ -30,6 +34,8 @@ class Wish:
     compression: str = "none"
     bytes_per_s: float | None = None
     """For all guests together."""
+    at_once: int = AT_ONCE
+    """How many are on their way at a time; the others wait where they run."""
     downtime_ms: float = 40
     name: str | None = None
     post_copy: str = "never"
@@ -66,13 +72,14 @@ def migrate(entry: Entry, wish: Wish, *, told: Told | None = None) -> dict[str, 
 
 
 def migrate_all(entries: Sequence[Entry], wish: Wish, *, told: Told | None = None) -> dict[str, Any]:
-    """Move several at once, who share the bandwidth. An OstlerError stands for one that could not be moved.
+    """Move several, who share the bandwidth. An OstlerError stands for one that could not be moved.
 
     With a single guest its error is raised.
     """
     wish.check()
-    budget = _SharedBudget(entries, wish.bytes_per_s)
+    budget = _SharedBudget(entries, wish.bytes_per_s, wish.at_once)
     found: dict[str, Any] = {}
+    waiting = collections.deque(entries)
 
     def move(entry: Entry) -> None:
         try:
@@ -84,13 +91,21 @@ def migrate_all(entries: Sequence[Entry], wish: Wish, *, told: Told | None = Non
         finally:
             budget.is_free(entry)
 
-    threads = [threading.Thread(target=move, args=(entry,), name=f"move-{entry.name}") for entry in entries]
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                move(waiting.popleft())
+
+    threads = [
+        threading.Thread(target=work, name=f"move-{number}") for number in range(min(wish.at_once, len(entries)))
+    ]
     for thread in threads:
         thread.start()
     try:
         for thread in threads:
             thread.join()
     except BaseException:
+        waiting.clear()
         for entry in entries:
             with contextlib.suppress(OstlerError):
                 cancel(entry)
@@ -134,13 +149,13 @@ def _listen(entry: Entry, told: Told) -> None:
 class _SharedBudget:
     """One limit over several guests: what a guest needs no more goes to the others."""
 
-    def __init__(self, entries: Sequence[Entry], bytes_per_s: float | None) -> None:
-        self._left, self._limit = list(entries), bytes_per_s
+    def __init__(self, entries: Sequence[Entry], bytes_per_s: float | None, at_once: int) -> None:
+        self._left, self._limit, self._at_once = list(entries), bytes_per_s, at_once
         self._lock = threading.Lock()
 
     @property
     def share(self) -> float | None:
-        return self._limit / max(1, len(self._left)) if self._limit else None
+        return self._limit / max(1, min(self._at_once, len(self._left))) if self._limit else None
 
     def is_free(self, entry: Entry) -> None:
         with self._lock:
