@@ -1,11 +1,12 @@
-"""A running Linux carried from one accelerator to the other, by a file in between.
+"""A running Linux carried from one accelerator to the other, by a snapshot in between.
 
-    carry.py save --accel soft --count 20 FILE    boot, run into the workload, save at random instants: FILE-1, …
-    carry.py continue --accel kvm FILE-1          put the state into a new machine and run it to its end
+    carry.py save --accel soft --count 20 FOLDER    boot, run into the workload, snapshots at random ticks: FOLDER-1, …
+    carry.py continue --accel kvm FOLDER-1          a guest that goes on from the snapshot, to its end
 
 The workload counts, and hashes what it counted: what its last line says depends on every step on both sides. The
 processor's model is what both accelerators can give of the older default: `--without` names what the poorer one lacks.
-The file is for this tool only: a line of JSON, then the guest's memory but for its empty parts.
+Snapshots are made and read by the package's own code, as `ostler snapshot create` and `ostler restore` do; what the
+guest had said on its console is among the manifest's facts.
 
 Exit status 0 when it went as it should, 1 when not; one line says how far the guest was.
 """
@@ -13,35 +14,29 @@ Exit status 0 when it went as it should, 1 when not; one line says how far the g
 from __future__ import annotations
 
 import argparse
-import base64
 import hashlib
-import json
-import os
 import random
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from ostler import accel
-from ostler.abi.kvm.state import Regs
 from ostler.accel.fitting import missing_features
 from ostler.accel.models import FALLBACK_MODEL, model
 from ostler.boot.load import read_kernel
 from ostler.boot.unpacked import UnpackedKernels
 from ostler.config import GuestSpec
 from ostler.host.folders import cache_root
-from ostler.machine import saved
-from ostler.memory import GuestMemory
+from ostler.snapshot import manifest, store
 from ostler.testing.watched import Watched, watched
+from ostler.vmm.capture import Capturer
+from ostler.vmm.origin import Origin
 from ostler.vmm.processors import EndKind
 
 TICKS = 60
 # The workload stands between the first and this tick when it is saved: it has work left on the other side.
 LAST_STOP = 50
 LONGEST_DELAY_S = 0.1
-PART_BYTES = 64 << 10
 MEMORY = "96M"
 APPEND = "console=ttyS0 quiet panic=-1"
 WORKLOAD = f"""#!/bin/busybox sh
@@ -77,7 +72,7 @@ def guest_spec(kernel: Path, image: Path, cpu: str, cpus: int) -> GuestSpec:
 
 
 def save(arguments: argparse.Namespace) -> int:
-    """Boot, save at random instants of the workload, each into a file of its own."""
+    """Boot, save at random instants of the workload, each into a folder of its own."""
     chosen = random.Random(arguments.seed)
     ticks = sorted(chosen.sample(range(1, LAST_STOP + 1), arguments.count))
     stops = [(b"tick %d\r" % tick, chosen.uniform(0, LONGEST_DELAY_S)) for tick in ticks]
@@ -90,14 +85,12 @@ def save(arguments: argparse.Namespace) -> int:
         saved_states = 0
 
         def take() -> None:
-            """In the loop's thread: hold the guest, write the file, and let it go on or end it."""
+            """In the loop's thread: catch the guest, write the snapshot, and let it go on or end it."""
             nonlocal saved_states
             saved_states += 1
-            guest.process.pause()
-            path = Path(f"{arguments.file}-{saved_states}")
-            rip = write(path, saved.save(machine, opened), machine.memory, guest, spec)
+            folder = Path(f"{arguments.folder}-{saved_states}")
+            rip = snapshot(folder, guest)
             print(f"saved on {arguments.accel} after tick {guest.console.count(b'tick ')}, RIP {rip:#x}", flush=True)
-            guest.process.resume()
             if saved_states == arguments.count:
                 guest.process.quit()
 
@@ -108,45 +101,42 @@ def save(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def write(path: Path, machine: saved.SavedMachine, memory: GuestMemory, guest: Watched, spec: GuestSpec) -> int:
-    """Write the file; where the first processor stands."""
-    state = asdict(machine)
-    header = {"state": state, "console": guest.heard(), "cpu": spec.cpu, "cpus": spec.cpus}
-    with path.open("wb") as out:
-        out.write(json.dumps(header, default=as_text).encode() + b"\n")
-        for gpa, part in parts(memory):
-            out.write(gpa.to_bytes(8, "little"))
-            out.write(part)
-    return int(Regs.from_buffer_copy(state["processors"][0]["structures"]["regs"]).rip)
+def snapshot(folder: Path, guest: Watched) -> int:
+    """Make a snapshot; where the first processor stood."""
+    process = guest.process
+    process.pause()
+    try:
+        # Both of one instant: nobody says anything while the guest stands still.
+        facts = {"console": guest.heard().decode(errors="replace")}
+        given = {"name": folder.name, "ostler": version("ostler"), "facts": facts}
+        with store.workspace(folder.name, within=folder.parent) as part:
+            Capturer(process, "carried").to_folder(part, given, sync=False)()
+            rip = int(process.machine.vcpus[0].get_regs().rip)
+    finally:
+        process.resume()
+    return rip
 
 
 def resume(arguments: argparse.Namespace) -> int:
-    """Put the file's state into a new machine, run it to its end, judge the whole console."""
-    with arguments.file.open("rb") as file:
-        header = json.loads(file.readline(), object_hook=from_text)
-        memory = memoryview(file.read())
-    spec = guest_spec(Path(os.devnull), Path(os.devnull), header["cpu"], header["cpus"])
+    """A guest that goes on from the snapshot, run to its end; judge the whole console."""
+    origin = Origin.read(store.Snapshot(arguments.folder, manifest.load(arguments.folder)))
+    found = origin.snapshot.manifest
+    spec = GuestSpec.model_validate({**found.spec, "cpu": found.model})
     opened = accel.open(arguments.accel)
-    with watched(spec, opened) as guest:
-        unpack(memory, guest.process.machine.memory)
-        state = header["state"]
-        processors = [
-            saved.SavedProcessor(**{**each, "msrs": {int(index): value for index, value in each["msrs"].items()}})
-            for each in state["processors"]
-        ]
-        state |= {"processors": tuple(processors), "chips": tuple(state["chips"])}
-        saved.restore(saved.SavedMachine(**state), guest.process.machine, opened)
+    with watched(spec, opened, beginning=origin) as guest:
+        origin.complete(guest.process.machine.memory)
+        guest.process.restore_state(origin.saved)
         end = guest.run()
     opened.close()
-    text = (header["console"] + guest.console).decode(errors="replace")
+    before = str(found.facts["console"])
+    text = before + guest.console.decode(errors="replace")
     lines = text.replace("\r", "").splitlines()
     ticks = [line for line in lines if line.startswith("tick ")]
     if end.kind is not EndKind.POWER_OFF:
         return complain(f"ended by {end.kind.value} {end.text}", text.encode())
     if ticks != [f"tick {n}" for n in range(1, TICKS + 1)] or last_line() not in lines:
         return complain("the workload went wrong", text.encode())
-    before = header["console"].count(b"tick ")
-    print(f"continued on {arguments.accel} from tick {before} to the end: right")
+    print(f"continued on {arguments.accel} from tick {before.count('tick ')} to the end: right")
     return 0
 
 
@@ -154,35 +144,6 @@ def complain(text: str, console: bytes | bytearray) -> int:
     """Say what went wrong and what the guest said last."""
     print(f"carry: {text}\n{bytes(console[-1500:]).decode(errors='replace')}", file=sys.stderr)
     return 1
-
-
-def parts(memory: GuestMemory) -> Iterator[tuple[int, memoryview]]:
-    """Guest memory in parts, without the empty ones."""
-    zero = bytes(PART_BYTES)
-    for region in memory.regions:
-        for gpa in range(region.start, region.start + region.size_bytes, PART_BYTES):
-            part = memory.view(gpa, PART_BYTES)
-            if bytes(part) != zero:
-                yield gpa, part
-
-
-def unpack(data: memoryview, memory: GuestMemory) -> None:
-    """Undo `parts`, into fresh memory."""
-    for at in range(0, len(data), PART_BYTES + 8):
-        gpa = int.from_bytes(data[at : at + 8], "little")
-        memory.write(gpa, data[at + 8 : at + 8 + PART_BYTES])
-
-
-def as_text(value: Any) -> Any:
-    """Bytes, as JSON has none."""
-    if isinstance(value, bytes | bytearray):
-        return {"bytes": base64.b64encode(value).decode()}
-    raise TypeError(f"{type(value).__name__} in saved state")
-
-
-def from_text(value: dict[str, Any]) -> Any:
-    """Undo `as_text`."""
-    return base64.b64decode(value["bytes"]) if value.keys() == {"bytes"} else value
 
 
 def missing(arguments: argparse.Namespace) -> int:
@@ -197,7 +158,7 @@ def main() -> int:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(prog="carry.py", description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("save", "continue", "missing"))
-    parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--accel", default="auto")
     parser.add_argument("--kernel", type=Path)
     parser.add_argument("--initrd", type=Path)

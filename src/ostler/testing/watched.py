@@ -11,7 +11,7 @@ from ostler.accel.api import Accel
 from ostler.config import GuestSpec
 from ostler.vmm.console import on_descriptors
 from ostler.vmm.processors import End
-from ostler.vmm.run import GuestProcess
+from ostler.vmm.run import Beginning, GuestProcess
 
 # No guest says this on its console.
 MARK = b"\0"
@@ -20,10 +20,10 @@ MARK = b"\0"
 class Watched:
     """A guest's process and what its console has said so far, `console`."""
 
-    def __init__(self, spec: GuestSpec, opened: Accel) -> None:
+    def __init__(self, spec: GuestSpec, opened: Accel, beginning: Beginning | None = None) -> None:
         self.console = bytearray()
         self._out, self._inward = os.pipe()
-        self.process = GuestProcess(spec, opened, on_descriptors(None, self._inward))
+        self.process = GuestProcess(spec, opened, on_descriptors(None, self._inward), beginning=beginning)
         self._waiting: list[tuple[bytes, float]] = []
         self._then: Callable[[], None] = self.process.quit
         self._heard = threading.Event()
@@ -64,9 +64,9 @@ class Watched:
 
 
 @contextmanager
-def watched(spec: GuestSpec, opened: Accel) -> Iterator[Watched]:
-    """A Watched, closed at the end."""
-    guest = Watched(spec, opened)
+def watched(spec: GuestSpec, opened: Accel, *, beginning: Beginning | None = None) -> Iterator[Watched]:
+    """A Watched, closed at the end; one with a beginning is still to be given its state."""
+    guest = Watched(spec, opened, beginning)
     try:
         yield guest
     finally:
