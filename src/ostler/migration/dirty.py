@@ -101,6 +101,37 @@ def page_count(runs: Sequence[Run]) -> int:
     return sum(count for _, count in runs)
 
 
+def split(runs: Sequence[Run], pages: int) -> tuple[list[Run], list[Run]]:
+    """The first so many pages, and the others."""
+    first: list[Run] = []
+    for number, (gpa, count) in enumerate(runs):
+        if count >= pages:
+            ahead = [(gpa, pages)] if pages else []
+            behind = [(gpa + pages * PAGE_SIZE, count - pages)] if count > pages else []
+            return first + ahead, [*behind, *runs[number + 1 :]]
+        first.append((gpa, count))
+        pages -= count
+    return first, []
+
+
+def without(runs: Sequence[Run], others: Sequence[Run]) -> list[Run]:
+    """Pages of the runs that are in none of the others; all of them lowest first."""
+    found: list[Run] = []
+    rest = [*others]
+    for start, count in runs:
+        gpa, end = start, start + count * PAGE_SIZE
+        while gpa < end:
+            while rest and rest[0][0] + rest[0][1] * PAGE_SIZE <= gpa:
+                rest.pop(0)
+            if not rest or rest[0][0] >= end:
+                found.append((gpa, (end - gpa) // PAGE_SIZE))
+                break
+            if rest[0][0] > gpa:
+                found.append((gpa, (rest[0][0] - gpa) // PAGE_SIZE))
+            gpa = min(end, rest[0][0] + rest[0][1] * PAGE_SIZE)
+    return found
+
+
 def merged(first: Sequence[Run], second: Sequence[Run]) -> list[Run]:
     """Pages of either, lowest first, none twice."""
     found: list[Run] = []

@@ -6,6 +6,7 @@ is left can be sent within the pause that is wanted. What fails before COMMIT le
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import secrets
@@ -17,11 +18,11 @@ from typing import Any, TypeVar
 
 from ostler.errors import BadRequest, MigrationCancelled, MigrationError
 from ostler.migration import disks, wire, witness
-from ostler.migration.dirty import DirtyTracker, merged, page_count
+from ostler.migration.dirty import DirtyTracker, merged, page_count, split, without
 from ostler.migration.disks import Mirror
 from ostler.migration.link import Link, LinkLost, expect, open_link
 from ostler.migration.pace import LATE_PATIENCE, Budget, Pace
-from ostler.migration.pages import COMPRESSIONS, Run
+from ostler.migration.pages import COMPRESSIONS, Run, batches
 from ostler.migration.postcopy import LeftBehind, missing_frames
 from ostler.migration.sender import Sender
 from ostler.migration.source import Source, State
@@ -35,6 +36,7 @@ T = TypeVar("T")
 HAND_OVER_TIMEOUT_S = 10.0
 DOUBT_SLICE_S = 0.02
 STRAYS_TIMEOUT_S = 1.0
+HOT_SHARE = 0.25
 READ_BYTES = 1 << 20
 
 
@@ -52,7 +54,8 @@ class Outgoing:
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._reported = 0.0
-        self._switch = False
+        # Whether the guest is to go before its memory has, and whether not even this round is to be finished.
+        self._switch = self._break = False
         self._left_behind: LeftBehind | None = None
         self._turn: Turn | None = None
 
@@ -65,7 +68,7 @@ class Outgoing:
         """Go over to post-copy at once, from any thread. Raises BadRequest where that was not asked for in time."""
         if self._source.welcome is None or not self._source.welcome.post_copy:
             raise BadRequest("migration: expected one that was begun with post-copy, on hosts that let users have it")
-        self._switch = True
+        self._switch = self._break = True
 
     def cancel(self, reason: str) -> None:
         """Call it off, from any thread. Raises MigrationError when it is too late."""
@@ -183,7 +186,7 @@ class Outgoing:
         is_first = True
         while True:
             started, waited, before = time.monotonic(), sender.waited_s, sender.sent_bytes
-            unsent = self._send_round(sender, runs, new=is_first, may_break=not is_first)
+            unsent = self._send_round(sender, runs, new=is_first)
             is_first = False
             seconds = time.monotonic() - started
             self._pace.sent(sender.sent_bytes - before, seconds - (sender.waited_s - waited))
@@ -196,24 +199,19 @@ class Outgoing:
             if unsent or self._switch or self._pace.may_stop(left) or self._pace.is_hopeless:
                 return merged(runs, unsent)
 
-    def _send_round(self, sender: Sender, runs: list[Run], *, new: bool, may_break: bool) -> list[Run]:
-        """Send these pages; those that were not, where post-copy is to begin."""
+    def _send_round(self, sender: Sender, runs: list[Run], *, new: bool) -> list[Run]:
+        """Send these pages; those that were not, where post-copy is to begin at once."""
         left = page_count(runs)
-        at = 0
-        while at < len(runs) and not (self._switch and may_break):
-            # By portions, so that progress can be told.
-            portion, pages = [], 0
-            while at < len(runs) and pages < 4096:
-                portion.append(runs[at])
-                pages += runs[at][1]
-                at += 1
-            sender.pages(portion, new=new)
-            left -= pages
+        unsent = collections.deque(batches(runs))
+        while unsent and not self._break:
+            batch = unsent.popleft()
+            sender.pages(batch, new=new)
+            left -= page_count(batch)
             self._tell("memory", left_bytes=left * wire.PAGE_BYTES)
         for number, mirror in self._guest.mirrors:
             self._send_disk(sender, number, mirror, disks.parts(iter(mirror.take())))
         sender.flush()
-        return runs[at:]
+        return [run for batch in unsent for run in batch]
 
     def _send_disk(self, sender: Sender, number: int, mirror: Mirror, ranges: Any, *, hurry: bool = False) -> None:
         for offset, size in ranges:
@@ -246,7 +244,7 @@ class Outgoing:
 
         self._check()
         witnessed.write(witness.STOPPED)
-        guest.stop()
+        was_paused = guest.stop()
         source.stopped()
         done("stop")
         state = guest.save()
@@ -258,16 +256,18 @@ class Outgoing:
         if behind is None:
             sender.pages(runs, hurry=True)
         else:
-            # Most of it was said while the guest still ran.
-            for piece in missing_frames(tracked):
+            # Most of it was said while the guest still ran. What it wrote since then it will want first.
+            hot, others = split(tracked, self._hot_pages())
+            for piece in missing_frames(others):
                 link.send(piece)
-            self._left_behind = LeftBehind(behind, guest.memory, runs)
+            sender.pages(hot, hurry=True)
+            self._left_behind = LeftBehind(behind, guest.memory, without(runs, hot), self.budget)
             # Already restoring the state may touch what is not there.
             self._left_behind.start()
         done("pages")
         for at in range(0, len(state), wire.STATE_CHUNK_BYTES):
             link.send(wire.pack(Kind.STATE, state[at : at + wire.STATE_CHUNK_BYTES]))
-        last = source.final({"pages": page_count(runs)})
+        last = source.final({"pages": page_count(runs), "paused": was_paused})
         sender.everywhere(last)
         link.send(last)
         sender.flush()
@@ -299,6 +299,11 @@ class Outgoing:
         self.progress.pause_parts = {
             what: at - before for (_, before), (what, at) in itertools.pairwise(marks)
         }  # fmt: skip
+
+    def _hot_pages(self) -> int:
+        """How many may go with a guest that leaves the others behind: a part of the pause that is wanted."""
+        bytes_per_s = min(self._pace.bytes_per_s, self.budget.bytes_per_s or self._pace.bytes_per_s)
+        return int(HOT_SHARE * self._options.downtime_s * bytes_per_s) // wire.PAGE_BYTES
 
     def _send_strays(self, link: Link) -> None:
         """What is lost here would cost somebody a retransmission, which is longer than the whole pause."""

@@ -6,13 +6,15 @@ What is missing is known here alone; the target asks for whatever it touches and
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 
 from ostler.errors import MigrationError
 from ostler.memory import GuestMemory
 from ostler.migration import wire
-from ostler.migration.dirty import merged
+from ostler.migration.dirty import merged, page_count
 from ostler.migration.link import Link, expect
+from ostler.migration.pace import Budget
 from ostler.migration.pages import Run, pack_batch, split_zero
 from ostler.migration.wire import PAGE_BYTES, RUN, WANTED, Encoding, Kind
 
@@ -23,8 +25,9 @@ AROUND_PAGES, BACKGROUND_PAGES = 32, 32
 class LeftBehind:
     """Serves one target's post-copy stream in a thread of its own."""
 
-    def __init__(self, link: Link, memory: GuestMemory, runs: Sequence[Run]) -> None:
-        self._link, self._memory = link, memory
+    def __init__(self, link: Link, memory: GuestMemory, runs: Sequence[Run], budget: Budget) -> None:
+        """What nobody waits for is sent within the budget."""
+        self._link, self._memory, self._budget = link, memory, budget
         self._order = merged(runs, [])
         last = max((gpa // PAGE_BYTES + count for gpa, count in self._order), default=0)
         # A byte a page: made while the guest stands still.
@@ -68,13 +71,22 @@ class LeftBehind:
                 for first in range(0, count, BACKGROUND_PAGES):
                     self._answer()
                     pages = min(BACKGROUND_PAGES, count - first)
-                    self._send(range(start + first * PAGE_BYTES, start + (first + pages) * PAGE_BYTES, PAGE_BYTES))
+                    sent = self._send(
+                        range(start + first * PAGE_BYTES, start + (first + pages) * PAGE_BYTES, PAGE_BYTES)
+                    )
+                    self._keep_to_budget(sent * PAGE_BYTES)
             self._answer()
             self._link.send(wire.pack(Kind.DONE))
             while (frame := expect(self._link, Kind.DONE, Kind.WANT)).kind is not Kind.DONE:
                 self._give(bytes(frame.payload))
         except MigrationError as error:
             self.error = error
+
+    def _keep_to_budget(self, size_bytes: int) -> None:
+        until = time.monotonic() + self._budget.wait_s(size_bytes, time.monotonic())
+        while (wait_s := until - time.monotonic()) > 0:
+            if self._link.pending(wait_s):
+                self._answer()
 
     def _answer(self) -> None:
         while self._link.pending():
@@ -92,8 +104,8 @@ class LeftBehind:
                 # Nothing was ever there.
                 self._link.send_parts(pack_batch(self._memory, [(gpa, 1)], Encoding.ZERO))
 
-    def _send(self, pages: range) -> None:
-        """Those of the pages that are still missing there."""
+    def _send(self, pages: range) -> int:
+        """Those of the pages that are still missing there; how many."""
         runs: list[Run] = []
         for gpa in pages:
             page = gpa // PAGE_BYTES
@@ -107,6 +119,7 @@ class LeftBehind:
         for part, encoding in ((full, Encoding.RAW), (zero, Encoding.ZERO)):
             if part:
                 self._link.send_parts(pack_batch(self._memory, part, encoding))
+        return page_count(runs)
 
 
 def missing_frames(runs: Sequence[Run]) -> list[bytes]:

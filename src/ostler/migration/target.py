@@ -69,6 +69,8 @@ class Target:
         self.post_copy = False
         """Whether it was agreed on; `is_post_copy` once it is done."""
         self.is_post_copy = False
+        self.stays_paused = False
+        """Whether somebody had paused the guest before it was moved."""
         self._finals: set[int] = set()
         self.streams = 1
 
@@ -147,6 +149,8 @@ class Target:
             if len(self.state_data) > wire.MAX_STATE_BYTES:
                 raise MigrationError(f"source: state of more than {wire.MAX_STATE_BYTES} bytes")
         elif kind is Kind.FINAL:
+            if stream == 0:
+                self.stays_paused = wire.parse_json(frame).get("paused") is True
             self._finals.add(stream)
         elif kind is Kind.MISSING and stream == 0 and self.post_copy:
             self.is_post_copy = True

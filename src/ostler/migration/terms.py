@@ -30,8 +30,8 @@ class Guest(Protocol):
     def begin(self) -> None:
         """The tracker starts, the mirrors take the disks' places."""
 
-    def stop(self) -> None:
-        """Hold the processors."""
+    def stop(self) -> bool:
+        """Hold the processors; whether somebody had paused the guest before, who is to find it so there too."""
 
     def save(self) -> bytes:
         """The state; what devices have under way ends, and every queue counts as written."""

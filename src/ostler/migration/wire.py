@@ -16,7 +16,7 @@ then TLS where it was asked for, then frames of `type, flags, 0, length` (8 byte
     PAGES, DISK, ROUND ----------->            memory round by round; the guest runs on at the source
       ~ the guest stops ~
     PAGES, DISK, STATE ----------->
-    FINAL (on every stream) ------>
+    FINAL (on every stream) ------>            on stream 0 whether the guest had been paused by somebody
                 <------------------ READY      everything is here, and the machine has taken it
     COMMIT ----------------------->            from here on the guest is the target's
                 <------------------ RUNNING

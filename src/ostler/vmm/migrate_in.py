@@ -217,8 +217,6 @@ class _Running:
     ) -> None:
         self._process, self._incoming, self._listener, self._name = process, incoming, listener, name
         self._pages = pages
-        offer = incoming.target.offer
-        self._stays_paused = offer is not None and offer.facts.get("paused") is True
         self.error: BaseException | None = None
         self.runs = False
 
@@ -240,7 +238,7 @@ class _Running:
             self._give_up(error)
             return
         self.runs = True
-        if not self._stays_paused:
+        if not self._incoming.target.stays_paused:
             process.resume()
         # Before the source hears of it: frames that still go to it are passed on here, and those are all of them.
         announce_cards(process)

@@ -48,7 +48,7 @@ class MovingGuest:
         self._process, self._name, self._facts = process, name, facts
         self.memory = process.machine.memory
         self.tracker = DirtyTracker(self.memory, process.machine.vm)
-        self._was_paused = process.is_paused
+        self._is_held = False
         self._ended = threading.Event()
         self._blocks = self._check_disks(process.machine.spec)
         self.mirrors: Sequence[tuple[int, Mirror]] = [
@@ -80,7 +80,7 @@ class MovingGuest:
         return {
             "name": self._name,
             "spec": json.loads(spec.model_dump_json()),
-            "facts": {**self._facts, "paused": self._was_paused},
+            "facts": self._facts,
             "disks": [
                 {"number": number, "size_bytes": block.disk.size_bytes, "goes_along": overlay}
                 for number, block, overlay in self._blocks
@@ -102,8 +102,11 @@ class MovingGuest:
                 self._block(number).disk = mirror
         self.tracker.start()
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
+        was_paused = self._process.is_paused
         self._process.pause()
+        self._is_held = not was_paused
+        return was_paused
 
     def save(self) -> bytes:
         state = encode(self._process.save_state(), self._process.machine.spec)
@@ -120,7 +123,7 @@ class MovingGuest:
         with self._process.lock:
             for number, mirror in self.mirrors:
                 self._block(number).disk = mirror.disk
-        if not self._was_paused:
+        if self._is_held:
             self._process.resume()
 
     def give_away(self) -> None:

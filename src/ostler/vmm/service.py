@@ -6,18 +6,21 @@ agent in the guest is the client's to ask, who speaks its protocol.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ostler.control.logfile import LOG_BYTES
 from ostler.control.runtime import Entry
-from ostler.control.wire import Message
+from ostler.control.wire import Message, pack_error
 from ostler.devices.virtio.balloon import Balloon
 from ostler.devices.virtio.blk import Block
-from ostler.errors import BadRequest
+from ostler.errors import BadRequest, OstlerError
 from ostler.vmm.hub import HubConsole
 from ostler.vmm.loop import NS_PER_MS
 from ostler.vmm.processors import End, EndKind
@@ -96,7 +99,19 @@ class GuestService:
         return self._migration
 
     def _migrate(self, connection: Connection, number: object, arguments: Message) -> None:
-        self._moves().start(connection, number, arguments)
+        def prepare() -> None:
+            # A tenth of a second's work, which the guest's devices are not to wait for.
+            with contextlib.suppress(ImportError):
+                importlib.import_module("ostler.vmm.migrate_out")
+            self._process.loop.call_soon(begin)
+
+        def begin() -> None:
+            try:
+                self._moves().start(connection, number, arguments)
+            except OstlerError as error:
+                connection.send({"id": number, "error": pack_error(error)})
+
+        threading.Thread(target=prepare, name="migrate-prepare", daemon=True).start()
 
     def _migrate_cancel(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
         return self._moves().cancel()
