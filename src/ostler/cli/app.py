@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ostler.cli import disks, doctor, guests, images, inside, kernels, moving, run, snapshots, stats
+from ostler.cli import disks, doctor, guests, images, inside, kernels, moving, run, sched, snapshots, stats
 
 app = typer.Typer(
     name="ostler",
@@ -27,6 +27,7 @@ for command in guests.COMMANDS:
 app.command("console", rich_help_panel=_LOOK)(guests.attach_console)
 app.command("inspect", rich_help_panel=_LOOK)(guests.inspect)
 app.command("stats", rich_help_panel=_LOOK)(stats.command)
+app.command("sched", rich_help_panel=_LOOK)(sched.command)
 app.command("balloon", rich_help_panel=_LOOK)(guests.balloon)
 app.add_typer(snapshots.app, name="snapshot", rich_help_panel=_STATE)
 app.command("restore", rich_help_panel=_STATE)(snapshots.restore)

@@ -51,6 +51,7 @@ def _complete_cpu(incomplete: str) -> list[str]:
 
 Repeated = list[str] | None
 _IMAGE, _MACHINE, _KERNEL = "A guest of an image", "Its machine", "A kernel of your own"
+_HOST = "Its share of the host's processors"
 
 
 def command(  # noqa: PLR0913 - one parameter per option
@@ -131,6 +132,21 @@ def command(  # noqa: PLR0913 - one parameter per option
         str | None,
         typer.Option(metavar="MODEL", help="Processor model.", autocompletion=_complete_cpu, rich_help_panel=_MACHINE),
     ] = None,
+    cpu_weight: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Its share beside other guests: 1 to 10000; 100.", rich_help_panel=_HOST),
+    ] = None,
+    cpu_cap: Annotated[
+        str | None,
+        typer.Option(metavar="PERCENT", help="Of one host CPU, at most: 25, 150%.", rich_help_panel=_HOST),
+    ] = None,
+    cpu_reserve: Annotated[
+        str | None,
+        typer.Option(metavar="PERCENT", help="Of one host CPU, whatever others want.", rich_help_panel=_HOST),
+    ] = None,
+    pin: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Host CPUs to run on: 0,2-3.", rich_help_panel=_HOST)
+    ] = None,
     accel: Annotated[
         str | None, typer.Option(metavar="auto|kvm|soft", help="What runs the processors.", rich_help_panel=_MACHINE)
     ] = None,
@@ -180,6 +196,7 @@ def command(  # noqa: PLR0913 - one parameter per option
         "hostname": hostname, "memory": memory, "cpus": cpus, "cpu": cpu, "accel": accel, "disks": disk, "nets": net,
         "ports": publish, "volumes": volume, "env": env, "workdir": workdir, "user": user, "persist": persist,
         "seed": seed, "cold": cold or None,
+        "cpu_weight": cpu_weight, "cpu_cap": cpu_cap, "cpu_reserve": cpu_reserve, "cpu_pin": pin,
         "dns": dns, "ssh_keys": ssh_key, "test_devices": test_devices or None,
     }  # fmt: skip
     request = read_request(file, **given) if file else parse_request(**given)

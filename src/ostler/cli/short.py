@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from ostler.config import GuestSpec
+    from ostler.config.schedule import Schedule
 
 _PLAIN = {
     "--kernel": re.compile(r"[^\0]+"),
@@ -30,6 +31,16 @@ _UNITS = {"M": 1 << 20, "G": 1 << 30}
 _CONSOLE = "console=ttyS0"
 _DEFAULT_MEMORY = "512M"
 _LEAST_MEMORY_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class PlainSchedule:
+    """A Schedule's fields, which is made of what this way does without."""
+
+    weight: int
+    cap: None
+    reserve: float
+    pin: None
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,16 @@ class PlainGuest:
     virtio_console: bool = False
     rng: bool = True
     balloon: bool = False
+    cpu_weight: int = 100
+    cpu_cap: None = None
+    cpu_reserve: float = 0.0
+    cpu_pin: None = None
     test_devices: bool = False
+
+    @property
+    def schedule(self) -> Schedule:
+        """Its share of the host's processors: nothing in particular."""
+        return cast("Schedule", PlainSchedule(self.cpu_weight, self.cpu_cap, self.cpu_reserve, self.cpu_pin))
 
     @property
     def memory_bytes(self) -> int:

@@ -11,6 +11,9 @@ from ostler.cli.guests import complete_running
 from ostler.cli.output import Json, count, print_json, print_table, size
 
 _RATE_OVER_S = 0.5
+_HEADINGS = (
+    "NAME", "UP", "CPUS", "RUN / WAIT / HALT", "MEMORY", "PROCESS", "READ / WRITTEN", "RECEIVED / SENT",
+)  # fmt: skip
 _ENGINE_HEADINGS = (
     "NAME", "INSTRUCTIONS", "PER SECOND", "BLOCKS", "TRANSLATED", "CODE", "FLUSHES", "TLB MISSES",
     "INVALIDATED", "EXITS",
@@ -46,17 +49,18 @@ def command(
         return
     rows = []
     for name, each in found.items():
-        vcpu_s = sum(vcpu["cpu_time_ns"] for vcpu in each["vcpus"]) / 1e9
+        spent = [sum(vcpu.get(key, 0) for vcpu in each["vcpus"]) / 1e9 for key in ("cpu_time_ns", "wait_ns", "halt_ns")]
         disks, nets = each.get("disks", []), each.get("nets", [])
         read, written = (sum(disk.get(key, 0) for disk in disks) for key in ("read_bytes", "written_bytes"))
         received, sent = (sum(net.get(key, 0) for net in nets) for key in ("received_bytes", "sent_bytes"))
         memory = each["memory"]
         rows.append((
-            name, f"{each['uptime_ns'] / 1e9:.0f} s", str(len(each["vcpus"])), f"{vcpu_s:.1f} s",
+            name, f"{each['uptime_ns'] / 1e9:.0f} s", str(len(each["vcpus"])),
+            " / ".join(f"{seconds:.1f}" for seconds in spent) + " s",
             f"{size(memory['touched_bytes'])} / {size(memory['size_bytes'])}", size(memory["process_rss_bytes"]),
             f"{size(read)} / {size(written)}", f"{size(received)} / {size(sent)}",
         ))  # fmt: skip
-    print_table(("NAME", "UP", "CPUS", "CPU TIME", "MEMORY", "PROCESS", "READ / WRITTEN", "RECEIVED / SENT"), rows)
+    print_table(_HEADINGS, rows)
 
 
 def _add_rate(first: dict[str, Any], later: dict[str, Any]) -> None:

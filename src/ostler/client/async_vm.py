@@ -107,6 +107,10 @@ class AsyncVM:
     async def set_memory(self, size: str | int) -> None:
         await _in_thread(self.vm.set_memory, size)
 
+    async def schedule(self, **shares: Any) -> dict[str, Any]:
+        """As `VM.schedule`."""
+        return await _in_thread(self.vm.schedule, **shares)
+
     async def wait(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         return await _in_thread(self.vm.wait, timeout_s=timeout_s)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ostler.control import logfile, runtime
 from ostler.control.connection import Connection, ConnectionLost
 from ostler.control.runtime import Entry
-from ostler.errors import GuestNotFound, GuestPaused, HostError, OstlerError
+from ostler.errors import BadRequest, GuestNotFound, GuestPaused, HostError, OstlerError
 
 if TYPE_CHECKING:
     from ostler.agent.client import AgentClient
@@ -88,6 +88,16 @@ def request(entry: Entry, op: str, *, timeout_s: float | None = 30.0, **argument
         raise HostError(f"guest {entry.name!r}: no answer to {op!r} within {timeout_s:g} s") from error
     except ConnectionLost as error:
         raise GuestNotFound(f"guest {entry.name!r}: has ended") from error
+
+
+def schedule(entry: Entry, **shares: Any) -> dict[str, Any]:
+    """Change a running guest's share of the host's processors: weight, cap, reserve, pin; how it is then.
+
+    What is not named stays, None takes away. Raises BadRequest, GuestNotFound.
+    """
+    if unknown := sorted(shares.keys() - {"weight", "cap", "reserve", "pin"}):
+        raise BadRequest(f"share {unknown[0]!r}: expected weight, cap, reserve or pin")
+    return request(entry, "schedule", **shares)
 
 
 def request_announced(entry: Entry, op: str, begun: Callable[[], None], **arguments: object) -> dict[str, Any]:

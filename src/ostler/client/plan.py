@@ -75,7 +75,7 @@ def make(request: GuestRequest, *, progress: Progress = silent) -> Plan:
         memory=request.memory, cpus=request.cpus, cpu=request.cpu, accel=request.accel,
         disks=(root, *_seed(request), *request.disks), nets=nets, ports=request.ports, shares=request.volumes,
         vsock_cid=GUEST_CID, rng=request.rng, balloon=request.balloon,
-        test_devices=request.test_devices,
+        test_devices=request.test_devices, **request.cpu_shares,
     )  # fmt: skip
     is_durable = (
         is_kept

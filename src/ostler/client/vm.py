@@ -276,6 +276,15 @@ class VM:
             self._running().entry, "balloon", guest_bytes=parse_size(size) if isinstance(size, str) else size
         )
 
+    def schedule(self, **shares: Any) -> dict[str, Any]:
+        """Change the guest's share of the host's processors while it runs; how it is then, as `ostler sched` shows it.
+
+            vm.schedule(weight=400, cap=150, reserve="30%", pin="0-1"); vm.schedule(cap=None)
+
+        Percent are of one host CPU. What is not named stays. Raises BadRequest.
+        """
+        return guests.schedule(self._running().entry, **shares)
+
     def console(self, *, backlog_bytes: int = 0) -> GuestConsole:
         """The serial console: `read`, `write`, `expect`; a context manager."""
         with Connection.to(self._running().entry) as connection:

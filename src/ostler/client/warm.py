@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ostler.client import guests, running
 from ostler.client.running import RunningGuest
 from ostler.client.snapshots import RestoredGuest, described
+from ostler.config.schedule import Schedule
 from ostler.control.pool import installation_stamp
 from ostler.errors import OstlerError
 from ostler.host.folders import cache_root
@@ -71,7 +72,7 @@ def is_fit(plan: Plan) -> bool:
 
 def key(plan: Plan) -> str:
     """What the boot depends on."""
-    spec = plan.spec.model_copy(update={"ports": ()})
+    spec = plan.spec.model_copy(update={"ports": ()}).scheduled(Schedule())
     image = plan.facts.get("digest")
     files = [(str(path), path.stat().st_mtime_ns) for path in (spec.kernel, spec.initrd) if path is not None]
     what = repr((spec.model_dump_json(), image, files, sys.executable, installation_stamp()))

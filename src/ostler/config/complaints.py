@@ -17,6 +17,9 @@ def bad_request(error: ValidationError, *, whole: str = "guest") -> BadRequest:
         location.pop()
     field = ".".join(str(part) for part in location) or whole
     expected = first["msg"].removeprefix("Value error, ")
+    if not location and first["type"] == "value_error":
+        # Of fields that do not go together; all of them would be no help.
+        return BadRequest(f"{whole}: {expected}")
     if first["type"] == "missing":
         return BadRequest(f"{field}: missing, expected a value")
     if first["type"] == "extra_forbidden":

@@ -11,10 +11,20 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from ostler.config.complaints import bad_request
 from ostler.config.devices import DiskSpec, NetSpec, PortSpec, ShareSpec
+from ostler.config.schedule import DEFAULT_WEIGHT, Cap, HostCpus, Reserve, Schedule, Weight, check_reserve, check_shares
 from ostler.config.sizes import MIB, format_size, parse_size
 from ostler.config.text import one_line
 from ostler.errors import BadRequest
@@ -112,8 +122,28 @@ class GuestSpec(BaseModel):
     """`/dev/hvc0`, and a named port for an agent without vsock, each on a socket in the runtime folder."""
     rng: bool = True
     balloon: bool = False
+    cpu_weight: Weight = DEFAULT_WEIGHT
+    cpu_cap: Cap = None
+    """Percent of one host CPU, as `cpu_reserve`."""
+    cpu_reserve: Reserve = 0.0
+    cpu_pin: HostCpus = None
     test_devices: bool = Field(default=False)
     """The ports and memory that kvm-unit-tests look for."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> GuestSpec:
+        check_shares(self.cpu_cap, self.cpu_reserve)
+        check_reserve(self.cpu_reserve, self.cpus)
+        return self
+
+    @property
+    def schedule(self) -> Schedule:
+        """Its share of the host's processors."""
+        return Schedule(weight=self.cpu_weight, cap=self.cpu_cap, reserve=self.cpu_reserve, pin=self.cpu_pin)
+
+    def scheduled(self, schedule: Schedule) -> GuestSpec:
+        """The same guest with another share."""
+        return self.model_copy(update={f"cpu_{name}": value for name, value in schedule.model_dump().items()})
 
     @property
     def memory_bytes(self) -> int:

@@ -11,11 +11,12 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ostler.config.complaints import bad_request
 from ostler.config.devices import Address, DiskSpec, NetSpec, PortSpec, ShareSpec, absolute
 from ostler.config.guest import DEFAULT_MEMORY_BYTES, Accelerator, CpuModel, Cpus, Memory, TextLine
+from ostler.config.schedule import DEFAULT_WEIGHT, Cap, HostCpusHere, Reserve, Weight, check_reserve, check_shares
 from ostler.errors import BadRequest
 
 MAX_FILE_BYTES = 1 << 20
@@ -119,7 +120,25 @@ class GuestRequest(BaseModel):
     rng: bool = True
     balloon: bool = True
     cold: bool = Field(default=False, description="Boot, even where a snapshot of a booted guest could be had.")
+    cpu_weight: Weight = Field(DEFAULT_WEIGHT, description="Shares of guests that compete are as their weights.")
+    cpu_cap: Cap = Field(None, description="Percent of one host CPU it may use at most.")
+    cpu_reserve: Reserve = Field(0.0, description="Percent of one host CPU it is to have whatever others want.")
+    cpu_pin: HostCpusHere = Field(None, description="Host CPUs it runs on.")
     test_devices: bool = False
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> GuestRequest:
+        check_shares(self.cpu_cap, self.cpu_reserve)
+        check_reserve(self.cpu_reserve, self.cpus)
+        return self
+
+    @property
+    def cpu_shares(self) -> dict[str, Any]:
+        """Its share of the host's processors, as a GuestSpec has it."""
+        return {
+            "cpu_weight": self.cpu_weight, "cpu_cap": self.cpu_cap, "cpu_reserve": self.cpu_reserve,
+            "cpu_pin": self.cpu_pin,
+        }  # fmt: skip
 
 
 def parse_request(**values: Any) -> GuestRequest:

@@ -15,7 +15,9 @@ from enum import Enum
 
 from ostler.accel.api import VCPU, ExitReason
 from ostler.errors import AccelError
+from ostler.host.threads import RunDelay, cpu_time_ns
 from ostler.machine.board import Board
+from ostler.sched.usage import Usage
 from ostler.vmm.console import Congestion
 
 KVM_SYSTEM_EVENT_SHUTDOWN, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_CRASH = 1, 2, 3
@@ -28,7 +30,6 @@ INTERNAL_ERRORS = {
 }
 JOIN_SLICE_S, STOP_LIMIT_S = 0.05, 10
 PARK_SLICE_S, PARK_LIMIT_S = 0.005, 10
-CPUCLOCK_SCHED, CPUCLOCK_PER_THREAD = 2, 4
 
 
 class EndKind(Enum):
@@ -86,10 +87,15 @@ class Processor:
         self._console = console
         self._outcome = outcome
         self._stopping = False
-        # Clear while the processor is to stay out of the guest; `_parked` says that it does.
-        self._released = threading.Event()
-        self._released.set()
+        # Held: to stay out of the guest until `go_on`; `_parked` says that it does. Barred: out until it is its turn.
+        self._rest = threading.Condition()
+        self._held = self._barred = self._must_rest = False
         self._parked = threading.Event()
+        self._started_ns = self._barred_ns = self._held_ns = 0
+        self._resting_since_ns: int | None = None
+        self._delay: RunDelay | None = None
+        self.after_turn: Callable[[int], None] | None = None
+        """Called in the processor's thread, out of the guest, with the nanoseconds it had to wait for its turn."""
         self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.id}", daemon=True)
 
     def start(self) -> None:
@@ -99,13 +105,13 @@ class Processor:
     def ask_to_stop(self) -> None:
         """Leave the guest as soon as possible; from any thread."""
         self._stopping = True
-        self._released.set()
+        self._change()
         self.vcpu.kick()
 
     def hold(self) -> None:
         """Keep out of the guest from the next chance on, until `go_on`; before `start`, from the first on."""
         self._parked.clear()
-        self._released.clear()
+        self._change(held=True)
         self.vcpu.kick()
 
     def wait_until_held(self) -> None:
@@ -121,20 +127,49 @@ class Processor:
 
     def go_on(self) -> None:
         """Undo `hold`."""
-        self._released.set()
+        self._change(held=False)
+
+    def bar(self) -> None:
+        """It is others' turn: stay out of the guest until `unbar`. Holding is another matter, and may come on top."""
+        self._change(barred=True)
+        self.vcpu.kick()
+
+    def unbar(self) -> None:
+        """Undo `bar`."""
+        self._change(barred=False)
+
+    def _change(self, *, held: bool | None = None, barred: bool | None = None) -> None:
+        with self._rest:
+            self._held = self._held if held is None else held
+            self._barred = self._barred if barred is None else barred
+            self._must_rest = self._held or self._barred
+            self._rest.notify_all()
 
     @property
     def cpu_time_ns(self) -> int:
         """Host processor time the thread has used, in the guest and serving its exits; 0 where it has ended."""
         tid = self._thread.native_id
-        if tid is None:
-            return 0
-        try:
-            # The thread's clock by the kernel's own encoding (include/linux/posix-timers_types.h): asking libc
-            # for it (pthread_getcpuclockid) must not be done for a thread that may have ended.
-            return time.clock_gettime_ns(~tid << 3 | CPUCLOCK_PER_THREAD | CPUCLOCK_SCHED)
-        except OSError:
-            return 0
+        return 0 if tid is None else cpu_time_ns(tid)
+
+    @property
+    def thread_id(self) -> int | None:
+        """The kernel's number of the thread, once it runs."""
+        return self._thread.native_id
+
+    def usage(self) -> Usage:
+        """Where the time since the start has gone; from any thread."""
+        with self._rest:
+            barred_ns, held_ns, since_ns = self._barred_ns, self._held_ns, self._resting_since_ns
+            now_ns = time.monotonic_ns()
+            if since_ns is not None and self._held:
+                held_ns += now_ns - since_ns
+            elif since_ns is not None:
+                barred_ns += now_ns - since_ns
+        run_ns, delay_ns = self.cpu_time_ns, self._delay.read_ns() if self._delay else None
+        return Usage(
+            wall_ns=now_ns - self._started_ns if self._started_ns else 0, run_ns=run_ns, delay_ns=delay_ns,
+            barred_ns=barred_ns, held_ns=held_ns,
+        )  # fmt: skip
 
     def join(self) -> None:
         """Wait for the thread. Raises AccelError for a processor that no kick gets out of the guest."""
@@ -145,6 +180,8 @@ class Processor:
             self._thread.join(JOIN_SLICE_S)
             if time.monotonic() > deadline:
                 raise AccelError(f"vCPU {self.vcpu.id}: still in the guest {STOP_LIMIT_S} s after it was told to stop")
+        if self._delay is not None:
+            self._delay.close()
 
     @property
     def is_alive(self) -> bool:
@@ -158,17 +195,37 @@ class Processor:
 
     def _main(self) -> None:
         try:
+            self._delay = RunDelay(threading.get_native_id())
+            self._started_ns = time.monotonic_ns()
             self._run()
         except BaseException as error:
             self._outcome.announce(End(EndKind.BUG, vcpu=self.vcpu.id, error=error))
 
+    def _stay_out(self) -> None:
+        """Wait for as long as the processor is held or barred."""
+        waited_ns = 0
+        with self._rest:
+            while self._must_rest and not self._stopping:
+                if held := self._held:
+                    self._parked.set()
+                self._resting_since_ns = since_ns = time.monotonic_ns()
+                self._rest.wait()
+                self._resting_since_ns = None
+                spent_ns = time.monotonic_ns() - since_ns
+                if held:
+                    self._held_ns += spent_ns
+                else:
+                    self._barred_ns += spent_ns
+                    waited_ns += spent_ns
+        if waited_ns and self.after_turn is not None and not self._stopping:
+            self.after_turn(waited_ns)
+
     def _run(self) -> None:
         run, exit_view, console = self.vcpu.run, self.vcpu.exit, self._console
         ports, mmio, lock = self._board.ports, self._board.mmio, self._board.lock
-        if not self._released.is_set():
+        if self._must_rest:
             # Held before it ever ran: not one instruction until it may.
-            self._parked.set()
-            self._released.wait()
+            self._stay_out()
         while not self._stopping:
             reason = run()
             if reason is ExitReason.IO:
@@ -186,7 +243,7 @@ class Processor:
                         data[0] = value
                     else:
                         data[:] = value.to_bytes(size, "little")
-                while console.congested and self._released.is_set() and not self._stopping:
+                while console.congested and not self._held and not self._stopping:
                     console.wait()
             elif reason is ExitReason.MMIO:
                 is_write, address, data = exit_view.mmio
@@ -196,9 +253,8 @@ class Processor:
                     else:
                         data[:] = mmio.read(address, len(data)).to_bytes(len(data), "little")
             elif reason is ExitReason.INTR:
-                if not self._released.is_set():
-                    self._parked.set()
-                    self._released.wait()
+                if self._must_rest:
+                    self._stay_out()
             else:
                 self._serve_rare(reason)
 

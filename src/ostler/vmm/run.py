@@ -39,10 +39,12 @@ from ostler.vmm.console import ConsoleFactory, InputFilter, on_descriptors
 from ostler.vmm.crash import crash_error, panic_line
 from ostler.vmm.loop import EventLoop, HostClock
 from ostler.vmm.processors import End, EndKind, Outcome, Processor
+from ostler.vmm.shares import ProcessorShares
 
 if TYPE_CHECKING:
     from ostler.backends.disk_layers import DiskImage
     from ostler.config import GuestSpec
+    from ostler.config.schedule import Schedule
     from ostler.devices.virtio.device import VirtioDevice
     from ostler.machine.networks import Network
     from ostler.machine.saved import SavedMachine
@@ -180,6 +182,9 @@ class GuestProcess:
             self.processors = [
                 Processor(vcpu, self.machine.board, self.console.output, self._outcome) for vcpu in self.machine.vcpus
             ]
+            self.shares = ProcessorShares(
+                self.processors, spec.schedule, name=folder.name if folder else "kernel", report=self._report
+            )
             self._resources = undo.pop_all()
         for processor in self.processors:
             self._outcome.when_ended(processor.ask_to_stop)
@@ -200,11 +205,13 @@ class GuestProcess:
             for processor in self.processors:
                 started.append(processor)
                 processor.start()
+            self.shares.start()
             self.loop.run()
         finally:
             # Also the way out of a signal or of a console that is gone: nobody may stay in the guest.
             self.quit()
             self.console.release()
+            self.shares.close()
             for processor in started:
                 processor.join()
         self.console.finish()
@@ -238,6 +245,11 @@ class GuestProcess:
             with contextlib.suppress(OstlerError):
                 processor.vcpu.kvmclock_ctrl()
             processor.go_on()
+
+    def schedule(self, schedule: Schedule) -> None:
+        """Give the guest another share of the host's processors; it keeps that wherever it goes. Raises BadRequest."""
+        self.shares.change(schedule)
+        self.machine.spec = self.machine.spec.scheduled(schedule)
 
     def save_state(self) -> SavedMachine:
         """The machine's state but memory and disks; the guest is paused. Loop thread only. Raises AccelError.

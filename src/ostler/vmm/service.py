@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULT_GRACE_S, MAX_GRACE_S = 30.0, 3600.0
 MAX_STATUS, MAX_REASON = 255, 200
+SHARES = ("weight", "cap", "reserve", "pin")
 Statistics = Callable[[], Message]
 Operation = Callable[[Connection, object, Message], Message | None]
 """The connection, the request's number, its arguments; None where the connection is answered later."""
@@ -71,6 +72,7 @@ class GuestService:
             "events": self._events,
             "console": self._console,
             "balloon": self._balloon,
+            "schedule": self._schedule,
             "migrate": self._migrate,
             "migrate-cancel": self._migrate_cancel,
             "migrate-limit": self._migrate_limit,
@@ -165,7 +167,8 @@ class GuestService:
         return {**self._status(connection, number, arguments), **self._facts}
 
     def _stats(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
-        processors = [{"id": each.vcpu.id, "cpu_time_ns": each.cpu_time_ns} for each in self._process.processors]
+        usage = zip(self._process.processors, self._process.shares.usage(), strict=True)
+        processors = [{"id": each.vcpu.id, "cpu_time_ns": used.run_ns, **used.as_message()} for each, used in usage]
         memory = self._process.machine.memory
         result: dict[str, Any] = {
             "uptime_ns": time.monotonic_ns() - self._started_ns,
@@ -198,6 +201,16 @@ class GuestService:
         with self._process.lock:
             balloon.set_target(wanted)
         return self._balloon_facts(balloon)
+
+    def _schedule(self, _connection: Connection, _number: object, arguments: Message) -> Message:
+        """Change what is given of weight, cap, reserve and pin; say how it is now."""
+        if wanted := {name: arguments[name] for name in SHARES if name in arguments}:
+            schedule = self._process.shares.schedule.changed(**wanted)
+            self._process.schedule(schedule)
+            if isinstance(spec := self._facts.get("spec"), dict):
+                spec |= {f"cpu_{name}": value for name, value in schedule.model_dump(mode="json").items()}
+            self.announce("scheduled", **schedule.model_dump(mode="json"))
+        return self._process.shares.facts()
 
     def _find_balloon(self) -> Balloon | None:
         found = self._process.machine.devices.get("balloon")

@@ -210,6 +210,44 @@ def test_bad_request_is_answered_and_the_connection_lives(
         assert connection.request("status")["state"] == "running"
 
 
+def test_schedule_shows_and_changes_shares_and_the_guest_keeps_them(served: Start) -> None:
+    guest = served(idle)
+    with guest.connect() as connection:
+        assert {"weight": 100, "cap": None, "reserve": 0.0, "pin": None}.items() <= connection.request(
+            "schedule"
+        ).items()
+        changed = connection.request("schedule", weight=400, cap="50%")
+        assert (changed["weight"], changed["cap"]) == (400, 50.0)
+        assert connection.request("schedule", cap=None)["cap"] is None
+        assert connection.request("inspect")["spec"]["cpu_weight"] == 400
+        assert guest.service._process.machine.spec.schedule.weight == 400
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"weight": 0}, "weight '0': expected 1 to 10000"),
+        ({"cap": 10, "reserve": 20}, "at most the cap"),
+        ({"reserve": 101}, "reserve 101: expected at most 100 percent for each of 1 vCPUs"),
+        ({"pin": [1023]}, "pin 1023: expected host CPUs of"),
+        ({"pin": {"a": 1}}, "pin"),
+    ],
+)
+def test_share_that_cannot_be_had_changes_nothing(served: Start, wish: dict[str, Any], message: str) -> None:
+    with served(idle).connect() as connection:
+        with pytest.raises(BadRequest, match=message):
+            connection.request("schedule", **wish)
+        assert connection.request("schedule")["weight"] == 100
+
+
+def test_stats_account_for_all_of_a_processors_time(served: Start) -> None:
+    with served(idle).connect() as connection:
+        (vcpu,) = connection.request("stats")["vcpus"]
+        parts = [vcpu[name] for name in ("run_ns", "wait_ns", "halt_ns", "held_ns")]
+        assert all(part >= 0 for part in parts)
+        assert sum(parts) >= vcpu["wall_ns"] > 0
+
+
 def test_client_that_speaks_no_json_is_told_and_cut_off(served: Start) -> None:
     guest = served(idle)
     for nonsense in (b"GET / HTTP/1.1\r\n\r\n", b"x" * MAX_LINE_BYTES):
