@@ -168,7 +168,10 @@ class GuestService:
 
     def _stats(self, _connection: Connection, _number: object, _arguments: Message) -> Message:
         usage = zip(self._process.processors, self._process.shares.usage(), strict=True)
-        processors = [{"id": each.vcpu.id, "cpu_time_ns": used.run_ns, **used.as_message()} for each, used in usage]
+        processors = [
+            {"id": each.vcpu.id, "thread_id": each.thread_id, "cpu_time_ns": used.run_ns, **used.as_message()}
+            for each, used in usage
+        ]
         memory = self._process.machine.memory
         result: dict[str, Any] = {
             "uptime_ns": time.monotonic_ns() - self._started_ns,
