@@ -249,7 +249,7 @@ def show(results: Sequence[Result]) -> None:
 
 def main() -> int:
     """The bench; 0 where every bar is met."""
-    arguments = argparse.ArgumentParser(prog="python -m benches.sched", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    arguments = argparse.ArgumentParser(prog="python -m benches.sched", description=__doc__.splitlines()[0])
     arguments.add_argument("--by", default="loops,cgroup")
     arguments.add_argument("--accel", default="soft")
     arguments.add_argument("--seconds", type=float, default=30)

@@ -318,3 +318,35 @@ def test_clock_set_is_what_the_guest_goes_on_from(lab: Lab) -> None:
 
         assert 10**15 <= machine.vm.get_clock().clock < 10**15 + 60 * 10**9
         assert struct.unpack_from("<Q", machine.memory, FREE + 16)[0] >= 10**15
+
+
+KVM_FEATURES, KVM_FEATURE_STEAL_TIME, MSR_KVM_STEAL_TIME = 0x4000_0001, 5, 0x4B56_4D03
+
+
+def test_steal_time_is_switched_on_and_counts_in_the_guests_memory(lab: Lab) -> None:
+    """The register keeps what was written, and the counter's version is even whenever a guest can look."""
+    offered = (each.eax for each in lab.accel.get_supported_cpuid() if each.function == KVM_FEATURES)
+    if not any(eax >> KVM_FEATURE_STEAL_TIME & 1 for eax in offered):
+        pytest.skip("this accelerator has no steal time")
+    with lab.machine(f"""
+    start:
+        apic_only
+        wrmsr64 {MSR_KVM_STEAL_TIME:#x}, {FREE | 1:#x}
+        apic_write {DIVIDE:#x}, {DIVIDE_BY_1}
+        apic_write {LVT_TIMER:#x}, {0x51 | PERIODIC:#x}
+        apic_write {INITIAL:#x}, 300000
+    again:
+        sti
+        hlt
+        cli
+        cmp     dword ptr ds:[LOG_COUNT], 3
+        jb      again
+        apic_write {INITIAL:#x}, 0
+        rdmsr64 {MSR_KVM_STEAL_TIME:#x}
+        report  rax
+        mov     eax, ds:[{FREE + 8:#x}]
+        and     eax, 1
+        report  rax
+        finish
+    """) as machine:
+        assert machine.run()[-2:] == [FREE | 1, 0]

@@ -13,6 +13,8 @@ from ostler.errors import BadRequest
 
 # KVM does not list these as its own although it gives them.
 _ALWAYS_THERE = frozenset({"hypervisor"})
+# Documentation/virt/kvm/x86/cpuid.rst
+KVM_FEATURES_LEAF, KVM_FEATURE_STEAL_TIME = 0x4000_0001, 5
 
 
 class Policy(enum.Enum):
@@ -61,9 +63,23 @@ def fit_default(accel: Accel) -> tuple[CpuModel, list[str]]:
     return fit(chosen, accel, Policy.MASK)
 
 
-def install(model: CpuModel, vcpu: VCPU, vcpus: int) -> None:
-    """Give a new vCPU its CPUID and feature MSRs; `vcpus` is how many the VM will have."""
-    vcpu.set_cpuid2(model.cpuid(vcpu.id, vcpus, vcpu.get_tsc_khz()))
+def gives_steal_time(accel: Accel) -> bool:
+    """Whether guests can be told for how long they wanted to run and did not."""
+    leaves = (each.eax for each in accel.get_supported_cpuid() if each.function == KVM_FEATURES_LEAF)
+    return any(eax >> KVM_FEATURE_STEAL_TIME & 1 for eax in leaves)
+
+
+def install(model: CpuModel, vcpu: VCPU, vcpus: int, *, steal_time: bool = False) -> None:
+    """Give a new vCPU its CPUID and feature MSRs; `vcpus` is how many the VM will have.
+
+    Steal time is no model's: a guest uses it where it finds it as it boots, and a saved one that found it keeps
+    the register it switched it on by.
+    """
+    table = model.cpuid(vcpu.id, vcpus, vcpu.get_tsc_khz())
+    for entry in table:
+        if entry.function == KVM_FEATURES_LEAF and steal_time:
+            entry.eax |= 1 << KVM_FEATURE_STEAL_TIME
+    vcpu.set_cpuid2(table)
     vcpu.set_msrs(model.msrs)
 
 

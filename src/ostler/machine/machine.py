@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from ostler.abi.kvm import board as kvm_board
 from ostler.accel.api import VCPU, Accel, Cap, IrqRoute, Route
-from ostler.accel.fitting import Policy, fit, fit_default, install
+from ostler.accel.fitting import Policy, fit, fit_default, gives_steal_time, install
 from ostler.accel.models import DEFAULT_MODEL, model
 from ostler.boot.acpi import install_tables
 from ostler.boot.kernel import Kernel
@@ -61,6 +61,7 @@ class Machine:
         by_default = spec.cpu == DEFAULT_MODEL
         fitted = fit_default(accel) if by_default else fit(model(spec.cpu), accel, Policy.REFUSE)
         self.model, self.masked_features = fitted
+        self._steal_time = gives_steal_time(accel)
         with contextlib.ExitStack() as stack:
             try:
                 self.shares_memory = any(device.shares_memory for _, device in functions)
@@ -100,7 +101,7 @@ class Machine:
 
     def _new_vcpu(self, number: int) -> VCPU:
         vcpu = self.vm.create_vcpu(number)
-        install(self.model, vcpu, self.spec.cpus)
+        install(self.model, vcpu, self.spec.cpus, steal_time=self._steal_time)
         wire_local_interrupts(vcpu)
         enable_extended_states(vcpu)
         return vcpu

@@ -4,8 +4,9 @@ A thread of the VM process that sleeps on the table's futex as long as no guest 
 default. Then the host kernel divides fairly by itself, and Ostler adds nothing. As soon as one guest has a weight, a
 cap or a reservation, every guest's governor is awake:
 
-1. Every 50 ms (200 where the guest is idle) it measures how much of the time its vCPUs wanted to run, writes that and
-   the time used into its slot, reads all slots, and has `policy.fair_rates` say what its guest is due.
+1. Every 50 ms (200 where the guest is idle, or a control group enforces) it measures how much of the time its vCPUs
+   wanted to run, writes that and the time used into its slot, reads all slots, and has `policy.fair_rates` say what
+   its guest is due.
 2. Enforcement by a control group: the group's weight and limit are set to that, and the kernel does the rest.
 3. Enforcement by the run loops: the guest's `Ledger` is settled against the clocks of the vCPUs' threads. Who is ahead
    is kicked out of the guest and barred until it is due again. The governor sleeps until the ledger must turn, so that
@@ -197,7 +198,8 @@ class Governor:
         if engaged:
             self._divide(now_ns, entries)
         busy = not self._ledger.is_open or math.fsum(self._demands) > IDLE_DEMAND
-        self._review_ns = now_ns + (REVIEW_NS if busy else IDLE_REVIEW_NS)
+        # A kernel that was told weights needs no more than to be told new ones.
+        self._review_ns = now_ns + (REVIEW_NS if busy and self._group is None else IDLE_REVIEW_NS)
 
     def _is_gone(self, entry: Entry, now_ns: int) -> bool:
         return now_ns - entry.written_ns > GONE_NS and self._table.forget_gone(entry)
@@ -269,6 +271,10 @@ class Governor:
             with contextlib.suppress(OSError, OstlerError):
                 group.leave()
 
+    def let_in(self) -> None:
+        """Nobody looks any more: the guest goes as it likes."""
+        self._processors.unbar()
+
     def leave(self) -> None:
         """The guest has ended: give slot and control group back, and tell the others where that matters to them."""
         with self._lock:
@@ -307,13 +313,17 @@ class GovernorThread:
         self._thread.start()
 
     def _main(self) -> None:
-        while not self._stopping:
-            # Before the step: what is announced during it is not slept over.
-            generation = self._table.generation
-            now_ns = time.monotonic_ns()
-            next_ns = self._governor.step(now_ns)
-            if not self._stopping:
-                self._table.wait(generation, timeout_ns=None if next_ns is None else next_ns - time.monotonic_ns())
+        try:
+            while not self._stopping:
+                # Before the step: what is announced during it is not slept over.
+                generation = self._table.generation
+                next_ns = self._governor.step(time.monotonic_ns())
+                if not self._stopping:
+                    limit_ns = None if next_ns is None else next_ns - time.monotonic_ns()
+                    self._table.wait(generation, timeout_ns=limit_ns)
+        finally:
+            # However this ends, no guest stays locked out for want of anybody to let it in.
+            self._governor.let_in()
 
     def close(self) -> None:
         """Stop, and give everything back."""

@@ -43,7 +43,8 @@ _MASK_AT = _SLOT.size
 _MASK_BYTES = 128
 MAX_HOST_CPU = _MASK_BYTES * 8 - 1
 _ATTEMPTS = 4
-_EMPTY = bytes(4)
+# The low byte of `vcpus`, of which a guest has 1 to 255.
+_USED_AT = 12
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE, _EVERYBODY = 202, 0, 1, 2**31 - 1
@@ -170,10 +171,8 @@ class Table:
 
     def entries(self) -> Iterator[Entry]:
         """Every slot with something in it, those of processes that are gone too; see `forget_gone`."""
-        for slot in range(SLOTS):
-            at = self._at(slot)
-            if self._map[at : at + 4] != _EMPTY and (found := self._read(slot)) is not None:
-                yield found
+        used = self._map[HEADER_BYTES + _USED_AT : SIZE_BYTES : SLOT_BYTES]
+        return self.look_at(slot for slot, is_used in enumerate(used) if is_used)
 
     def look_at(self, slots: Iterable[int]) -> Iterator[Entry]:
         """Those of some slots."""

@@ -40,6 +40,7 @@ from ostler.vmm.crash import crash_error, panic_line
 from ostler.vmm.loop import EventLoop, HostClock
 from ostler.vmm.processors import End, EndKind, Outcome, Processor
 from ostler.vmm.shares import ProcessorShares
+from ostler.vmm.steal import teller
 
 if TYPE_CHECKING:
     from ostler.backends.disk_layers import DiskImage
@@ -182,6 +183,8 @@ class GuestProcess:
             self.processors = [
                 Processor(vcpu, self.machine.board, self.console.output, self._outcome) for vcpu in self.machine.vcpus
             ]
+            for processor in self.processors:
+                processor.after_turn = teller(processor.vcpu, self.machine.memory)
             self.shares = ProcessorShares(
                 self.processors, spec.schedule, name=folder.name if folder else "kernel", report=self._report
             )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ostler.sched.table import Share
-from ostler.testing.simulated_host import SimulatedHost
+from ostler.sched.governor import Governor, GovernorThread
+from ostler.sched.table import Share, Table
+from ostler.testing.simulated_host import SimulatedGuest, SimulatedHost, always
 
 Hosts = Callable[..., SimulatedHost]
 SETTLE_MS, RUN_MS = 1_000, 5_000
@@ -118,6 +120,22 @@ def test_share_changed_while_running_is_followed_at_once(host: Hosts) -> None:
     simulated.run(300)
     assert simulated.run(1_000) == pytest.approx([0.5, 0.5], abs=0.01)
     assert math.isinf(second.governor.verdict.rate)
+
+
+def test_guest_is_let_in_when_its_governor_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    guest = SimulatedGuest(1, always, frozenset())
+    table = Table(tmp_path / "shares.table")
+    table.claim()
+    governor = Governor(guest, table, share=Share(cap=0.5), vcpus=1)
+    guest.bar()
+    monkeypatch.setattr(governor, "step", lambda _now_ns: 1 // 0)
+    thread = GovernorThread(governor, table)
+    thread.start()
+    thread.close()
+    assert not guest.is_barred
+    assert len(failed) == 1
 
 
 def test_killed_guest_leaves_its_share_to_the_others(host: Hosts) -> None:
