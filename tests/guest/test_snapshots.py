@@ -48,6 +48,10 @@ def counts(vm: ostler.VM) -> tuple[int, int]:
     return memory, disk
 
 
+def uptime_s(vm: ostler.VM) -> float:
+    return float(vm.read("/proc/uptime").split()[0])
+
+
 def test_restored_guest_goes_on_as_another(parent: ostler.VM) -> None:
     parent.write("/root/before", "snapshot")
     done = parent.snapshot("one", freeze=True)
@@ -64,6 +68,24 @@ def test_restored_guest_goes_on_as_another(parent: ostler.VM) -> None:
         assert abs(memory - disk) <= 2, (before, memory, disk)
     assert parent.run(["hostname"]).text == "parent\n"
     store.remove("one")
+
+
+def test_guest_made_ahead_has_a_name_and_a_time_of_its_own(parent: ostler.VM) -> None:
+    parent.snapshot("ahead")
+    saved_at_most = uptime_s(parent)
+    names, ids = [], []
+    for number in range(3):
+        began = time.monotonic()
+        with ostler.VM.restore("ahead", ports=False) as vm:
+            names.append(vm.run(["hostname"]).text.strip() == vm.name)
+            ids.append(vm.read("/proc/sys/kernel/random/uuid"))
+            assert abs(float(vm.run(["date", "+%s.%N"]).text) - time.time()) < 60
+            # No clock of its may have gone on while it waited.
+            assert uptime_s(vm) <= saved_at_most + (time.monotonic() - began)
+        assert pool.wait_until_warm(WARM_S, ready=1), number
+    store.remove("ahead")
+    assert names == [True] * 3
+    assert len({*ids}) == 3
 
 
 def test_incremental_snapshot_goes_on_from_its_parent(parent: ostler.VM) -> None:

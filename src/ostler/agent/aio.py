@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ostler.agent import copy_in, copy_out, requests
 from ostler.agent.aio_link import AsyncLink, connect
@@ -22,8 +22,11 @@ from ostler.agent.client import ANSWER_S, ATTEMPT_S, ENTROPY_BYTES, FIRST_PAUSE_
 from ostler.agent.connections import NOT_THERE_YET
 from ostler.agent.process import CAPTURE_BYTES, pid_of
 from ostler.agent.protocol import VSOCK_PORT, Data, Entry, Event, Failed, Hello, Reply
-from ostler.agent.requests import Argument, Completed, Copied, Grown, Info, Terminal
+from ostler.agent.requests import Argument, Completed, Terminal
 from ostler.errors import AgentLost, AgentProtocolError, AgentUnavailable, BadRequest
+
+if TYPE_CHECKING:
+    from ostler.agent.answers import Copied, Grown, Info
 
 
 class AsyncAgentClient:
@@ -174,7 +177,7 @@ class AsyncAgentClient:
                 raise event.error
             if not isinstance(event, Reply):
                 raise AgentProtocolError("agent did not answer")
-            return requests.parse(Copied, event.value)
+            return requests.copied(event.value)
 
     async def get(
         self, source: str, target: str | os.PathLike[str], *, limits: copy_out.Limits | None = None
@@ -202,13 +205,13 @@ class AsyncAgentClient:
                 if isinstance(last, Failed):
                     raise last.error
                 if isinstance(last, Reply):
-                    return requests.parse(Copied, last.value)
+                    return requests.copied(last.value)
 
     # The guest as a whole
 
     async def info(self) -> Info:
         """Return what the guest is and how it does."""
-        return requests.parse(Info, await self._call("info"))
+        return requests.info(await self._call("info"))
 
     async def configure(self, **parts: Any) -> None:
         """Set hostname, interfaces, routes, dns, search, ssh_keys, mounts; see `requests.configuration`."""
@@ -229,7 +232,7 @@ class AsyncAgentClient:
 
     async def grow_root(self) -> Grown:
         """Make the guest's root file system as large as its disk."""
-        return requests.parse(Grown, await self._call("grow-root"))
+        return requests.grown(await self._call("grow-root"))
 
     async def freeze(self, *, limit_s: float = 30.0) -> None:
         """Freeze the guest's file systems until `thaw`, or until `limit_s` or this client's end."""

@@ -14,15 +14,18 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ostler.agent import copy_in, copy_out, link, requests
 from ostler.agent.connections import NOT_THERE_YET, Connections
 from ostler.agent.link import Link, Opener
 from ostler.agent.process import CAPTURE_BYTES, Process
 from ostler.agent.protocol import Data, Entry, Failed, Hello, Reply
-from ostler.agent.requests import Argument, Completed, Copied, Grown, Info, Terminal
+from ostler.agent.requests import Argument, Completed, Terminal
 from ostler.errors import AgentError, AgentLost, AgentUnavailable, BadRequest, CommandTimeout
+
+if TYPE_CHECKING:
+    from ostler.agent.answers import Copied, Grown, Info
 
 ANSWER_S = 60.0
 """The longest a guest may take over an answer, or over any step of a copy."""
@@ -205,7 +208,7 @@ class AgentClient:
                     self._check_early(connection, time.monotonic() + self._timeout_s)
             while connection.unsent_bytes:
                 self._check_early(connection, time.monotonic() + self._timeout_s)
-            return requests.parse(Copied, connection.answer(self._timeout_s))
+            return requests.copied(connection.answer(self._timeout_s))
 
     def _check_early(self, connection: Link, deadline: float) -> None:
         before = connection.unsent_bytes
@@ -252,13 +255,13 @@ class AgentClient:
                     raise event.error
                 elif isinstance(event, Reply):
                     taker.finish()
-                    return requests.parse(Copied, event.value)
+                    return requests.copied(event.value)
 
     # The guest as a whole
 
     def info(self) -> Info:
         """Return what the guest is and how it does."""
-        return requests.parse(Info, self._call("info"))
+        return requests.info(self._call("info"))
 
     def ping(self) -> float:
         """Return how long an answer takes, in seconds."""
@@ -269,6 +272,17 @@ class AgentClient:
     def configure(self, **parts: Any) -> None:
         """Set hostname, interfaces, routes, dns, search, ssh_keys, mounts; see `requests.configuration`."""
         self._call("configure", requests.configuration(**parts))
+
+    def become_another(self, **parts: Any) -> None:
+        """Make a guest that went on from saved state one of its own: random numbers, the time, and what `configure`
+        takes. One exchange, as whoever starts such a guest waits for it."""
+        wanted: list[tuple[str, dict[str, Any]]] = [
+            ("entropy", {"hex": secrets.token_hex(ENTROPY_BYTES)}),
+            ("set-time", {"unix_ns": time.time_ns()}),
+            ("configure", requests.configuration(**parts)),
+        ]
+        with self._link() as connection:
+            connection.call_all(wanted, self._timeout_s)
 
     def shutdown(self, *, reboot: bool = False, grace_s: float = 5.0) -> None:
         """Ask the guest to power off; returns when it has begun to. Its end is the VM's to report."""
@@ -285,7 +299,7 @@ class AgentClient:
 
     def grow_root(self) -> Grown:
         """Make the guest's root file system as large as its disk."""
-        return requests.parse(Grown, self._call("grow-root"))
+        return requests.grown(self._call("grow-root"))
 
     def freeze(self, *, limit_s: float = 30.0) -> None:
         """Freeze the guest's file systems until `thaw`, or until `limit_s` or this client's end."""
@@ -332,4 +346,4 @@ class AgentClient:
         self.close()
 
 
-__all__ = ["AgentClient", "AgentError", "CommandTimeout", "Completed", "Copied", "Info", "Process", "Terminal"]
+__all__ = ["AgentClient", "AgentError", "CommandTimeout", "Completed", "Process", "Terminal"]

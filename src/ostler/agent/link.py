@@ -9,12 +9,12 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ostler.agent.protocol import VSOCK_PORT, Conversation, Event, Failed, Hello, Phase, Reply
-from ostler.errors import AgentLost, AgentProtocolError, AgentUnavailable, GuestNotBooted
+from ostler.errors import AgentLost, AgentProtocolError, AgentRefused, AgentUnavailable, GuestNotBooted, OstlerError
 
 CHUNK = 256 * 1024
 ANSWER_BYTES = 64
@@ -107,6 +107,20 @@ class Link:
         """Ask and wait for the answer."""
         self.send(self.conversation.request(operation, arguments))
         return self.answer(timeout_s)
+
+    def call_all(self, wanted: Sequence[tuple[str, Mapping[str, Any]]], timeout_s: float) -> list[dict[str, Any]]:
+        """Ask for several things at once and wait for all answers. Raises the first refusal, after the last of them."""
+        self.send(self.conversation.requests(wanted))
+        found: list[dict[str, Any]] = []
+        refused: OstlerError | None = None
+        for _ in wanted:
+            try:
+                found.append(self.answer(timeout_s))
+            except AgentRefused as error:
+                refused = refused or error
+        if refused is not None:
+            raise refused
+        return found
 
     def answer(self, timeout_s: float) -> dict[str, Any]:
         """Wait for the end of a request that was sent."""

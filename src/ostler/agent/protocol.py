@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,9 @@ _ALLOWED = {
 }
 
 
+_CONVERSED = frozenset({"exec", "put", "get"})
+
+
 class Conversation:
     """The host's end of one connection: what may be sent and received when."""
 
@@ -133,6 +137,7 @@ class Conversation:
         self.phase = Phase.HELLO
         self._decoder = Decoder()
         self._operation = ""
+        self._following: deque[str] = deque()
         self._owed = {STDOUT: 0, STDERR: 0}  # bytes the guest may still send, by stream
         self._open: set[int] = set()
         self.stdin_room = 0
@@ -153,6 +158,19 @@ class Conversation:
         if self.phase is Phase.IDLE:
             self.phase = self._first_phase()
         return frame
+
+    def requests(self, wanted: Sequence[tuple[str, Mapping[str, Any]]]) -> bytes:
+        """Return frames that ask for one operation after the other, each answered by one `Reply` or `Failed`, in order.
+
+        Commands and trees are not among them: they have more to say.
+        """
+        if not wanted or not _CONVERSED.isdisjoint(operation for operation, _ in wanted):
+            raise ValueError(f"requests {[operation for operation, _ in wanted]}: expected some with one answer each")
+        first, *others = wanted
+        frames = [self.request(*first)]
+        frames += (encode_json(Kind.REQUEST, {**arguments, "op": operation}) for operation, arguments in others)
+        self._following += (operation for operation, _ in others)
+        return b"".join(frames)
 
     def stdin(self, data: bytes) -> bytes:
         """Return frames of standard input; no data is its end. The caller sends at most `stdin_room` bytes."""
@@ -203,8 +221,8 @@ class Conversation:
         return Phase.RECEIVING if self._operation == "get" else Phase.WAITING
 
     def _finish(self) -> None:
-        self._operation = ""
-        self.phase = Phase.IDLE
+        self._operation = self._following.popleft() if self._following else ""
+        self.phase = self._first_phase()
 
     def _hello(self, value: dict[str, Any]) -> Hello:
         version, agent, features = value.get("version"), value.get("agent"), value.get("features")

@@ -1,101 +1,20 @@
-"""What the operations are asked with and what they answer: shared by the two clients.
-
-Answers come from the guest, so they are validated and bounded like any input.
-"""
+"""What the operations are asked with, and commands' ends: shared by the two clients. `answers` is what they answer."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from ostler.agent.protocol import Exited
-from ostler.errors import AgentProtocolError, BadRequest, CommandTimeout
+from ostler.errors import BadRequest, CommandTimeout
 
-Text = Annotated[str, Field(max_length=4096)]
+if TYPE_CHECKING:
+    from ostler.agent.answers import Copied, Grown, Info
+
 Argument = str | bytes | os.PathLike[str]
 MAX_ARGUMENTS = 4096
-
-
-class Answer(BaseModel):
-    """Base of what an agent answers; fields of newer agents are ignored."""
-
-    # Built when the first answer comes: most commands get none of most kinds.
-    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
-
-
-class OperatingSystem(Answer):
-    """Of the guest's os-release file."""
-
-    id: Text = ""
-    version: Text = ""
-    name: Text = ""
-
-
-class Memory(Answer):
-    """Sizes in bytes; None where the guest's kernel does not say."""
-
-    total_bytes: int | None = None
-    available_bytes: int | None = None
-    free_bytes: int | None = None
-    swap_bytes: int | None = None
-
-
-class Address(Answer):
-    """One address of one interface."""
-
-    interface: Text
-    address: Text
-    prefix: Annotated[int, Field(ge=0, le=128)] | None = None
-    mac: Text | None = None
-
-
-class Info(Answer):
-    """What a guest is and how it does."""
-
-    hostname: Text | None = None
-    kernel: Text | None = None
-    machine: Text | None = None
-    os: OperatingSystem = OperatingSystem()
-    uptime_s: float | None = None
-    load: Annotated[list[float], Field(max_length=3)] = []
-    cpus: Annotated[int, Field(ge=1)] = 1
-    memory: Memory = Memory()
-    addresses: Annotated[list[Address], Field(max_length=1024)] = []
-    init: Text | None = None
-    """`agent` where the agent is the first process, else that process's name."""
-
-
-class Grown(Answer):
-    """Sizes of the root file system before and after, and of its device, in bytes."""
-
-    device_bytes: int
-    before_bytes: int
-    after_bytes: int
-
-
-class Copied(Answer):
-    """What was copied; sockets, pipes and devices are left out and counted."""
-
-    entries: Annotated[int, Field(ge=0)]
-    bytes: Annotated[int, Field(ge=0)]
-    left_out: Annotated[int, Field(ge=0)] = 0
-
-
-A = TypeVar("A", bound=Answer)
-
-
-def parse(kind: type[A], value: Mapping[str, Any]) -> A:
-    """Return a validated answer. Raises AgentProtocolError."""
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise AgentProtocolError(f"agent's answer, {where} {str(first['input'])[:80]!r}: {first['msg']}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,3 +123,24 @@ def timed_out(argv: Sequence[Argument], timeout_s: float | None, stdout: bytes, 
     """Return the exception for a command that the agent killed."""
     name = os.fsdecode(argv[0])
     return CommandTimeout(f"{name}: killed after {timeout_s:g} s in the guest", stdout=stdout, stderr=stderr)
+
+
+def copied(value: Mapping[str, Any]) -> Copied:
+    """Return what a copy answered. Raises AgentProtocolError."""
+    from ostler.agent import answers
+
+    return answers.parse(answers.Copied, value)
+
+
+def info(value: Mapping[str, Any]) -> Info:
+    """Return what `info` answered. Raises AgentProtocolError."""
+    from ostler.agent import answers
+
+    return answers.parse(answers.Info, value)
+
+
+def grown(value: Mapping[str, Any]) -> Grown:
+    """Return what `grow-root` answered. Raises AgentProtocolError."""
+    from ostler.agent import answers
+
+    return answers.parse(answers.Grown, value)

@@ -138,6 +138,14 @@ class VsockSockets:
         self._listening = True
         self._host.loop.add_reader(self._listener.fileno(), self._accept)
 
+    def move(self, path: Path) -> None:
+        """Be reached there from now on. Before the loop runs. Raises HostError."""
+        try:
+            self.path.rename(path)
+        except OSError as error:
+            raise HostError(f"vsock socket {path}: {error.strerror or error}") from error
+        self.path = path
+
     # -- asked by the device ----------------------------------------------------------------
 
     def connect(self, host_port: int) -> SocketStream | None:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from ostler.cli import console, progress, relay, terminal, troubles
+from ostler.cli import attached, progress, terminal, troubles
 from ostler.cli.phases import Phases
-from ostler.client import keeper, plan, warm
-from ostler.control.connection import Connection
-from ostler.errors import AgentError, BadRequest, GuestGone
+from ostler.client import keeper, plan, ticket, warm
+from ostler.errors import BadRequest
+from ostler.images import store
+from ostler.images.initrd import agent_program
+from ostler.snapshot.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from ostler.client.plan import Plan
-    from ostler.client.running import RunningGuest
     from ostler.config import GuestRequest
 
 
-def run_attached(request: GuestRequest, *, tty: bool | None, timing: bool) -> int:
+def run_attached(
+    request: GuestRequest, *, tty: bool | None, timing: bool, planned: Callable[[Plan], None] | None = None
+) -> int:
     """Run the image's command, or the one given, and end the guest with it; the exit status.
 
-    Without any command: a shell on a terminal, or the console of an image with an init of its own.
+    Without any command: a shell on a terminal, or the console of an image with an init of its own. `planned` is told,
+    at the end, what the guest was made from.
     """
     phases = Phases()
     with progress.shown() as shown:
@@ -36,39 +41,23 @@ def run_attached(request: GuestRequest, *, tty: bool | None, timing: bool) -> in
     with terminal.orderly_signals():
         with warm.start(wanted, leash=True, remove=True, cold=request.cold) as guest:
             phases.end("start")
-            status = _serve(guest, wanted, phases, tty=tty)
+            status = attached.serve(guest, phases, tty=tty)
         phases.end("end")
+    if planned is not None:
+        planned(wanted)
     if timing:
         sys.stderr.write(phases.table() + "\n")
     return status
 
 
-def _serve(guest: RunningGuest, wanted: Plan, phases: Phases, *, tty: bool | None) -> int:
-    if not wanted.job.argv:
-        with Connection.to(guest.entry) as connection:
-            attached = connection.console(backlog_bytes=1 << 20)
-        with attached.socket:
-            console.attach(attached.socket, attached.backlog + attached.first)
-        return 0
-    if sys.stderr.isatty():
-        with progress.shown() as shown:
-            shown("starting the guest")
-            guest.configure()
-    else:
-        guest.configure()
-    troubles.tell(guest.troubles)
-    phases.end("boot")
-    try:
-        with troubles.shown(guest.entry):
-            status = relay.run(guest.agent, wanted.job, tty=tty)
-    except AgentError as error:
-        explained = guest.explain(error)
-        # Whoever types `poweroff` into a shell gets what was asked for.
-        if isinstance(explained, GuestGone) and os.isatty(0) and guest.ended_in_order():
-            return 0
-        raise explained from error
-    phases.end("command")
-    return status
+def leave_ticket(words: Mapping[str, object], command: Sequence[str], wanted: Plan) -> None:
+    """Have the next plain run of the image begin at once, if there is a booted guest to begin with."""
+    found = warm.cached(wanted)
+    if found is not None and wanted.spec.initrd is not None:
+        as_saved, folder = found
+        image = str(wanted.facts["image"])
+        files = [*store.files_of(image), wanted.spec.kernel, wanted.spec.initrd, agent_program(), folder / MANIFEST]
+        ticket.leave(words, command, as_saved, folder=folder, files=files)
 
 
 def run_detached(request: GuestRequest, *, remove: bool) -> None:

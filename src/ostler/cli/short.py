@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    from ostler.client.plan import Plan
     from ostler.config import GuestSpec
     from ostler.config.schedule import Schedule
 
@@ -94,10 +95,22 @@ def run_image(arguments: list[str], words: tuple[str, ...]) -> int | None:
     given = plain_image(arguments)
     if given is None or not words:
         return None
+    import os
+
+    plain = not given["cold"] and not os.environ.get("OSTLER_COLD")
+    if plain:
+        from ostler.cli import quick_run
+
+        if (status := quick_run.run(given, words)) is not None:
+            return status
     from ostler.cli import image_run
     from ostler.config import parse_request
 
-    return image_run.run_attached(parse_request(command=words, **given), tty=None, timing=False)
+    def planned(plan: Plan) -> None:
+        image_run.leave_ticket(given, words, plan)
+
+    request = parse_request(command=words, **given)
+    return image_run.run_attached(request, tty=None, timing=False, planned=planned if plain else None)
 
 
 def plain_image(arguments: list[str]) -> dict[str, object] | None:

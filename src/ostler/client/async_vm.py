@@ -14,7 +14,8 @@ from ostler.client.vm import VM, Argument
 from ostler.errors import OstlerError
 
 if TYPE_CHECKING:
-    from ostler.agent.requests import Completed, Info
+    from ostler.agent.answers import Info
+    from ostler.agent.requests import Completed
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -10,15 +10,17 @@ import contextlib
 import os
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ostler.agent.client import AgentClient
 from ostler.client import guests
-from ostler.client.plan import Plan
 from ostler.client.watch import Watch
 from ostler.control.launch import Launched, launch
 from ostler.control.runtime import Entry
 from ostler.errors import AgentError, HostError, OstlerError
+
+if TYPE_CHECKING:
+    from ostler.client.plan import Plan
 
 GuestT = TypeVar("GuestT", bound="RunningGuest")
 

@@ -11,16 +11,17 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import PurePath
 from typing import Any
 
 from ostler.agent.client import AgentClient
 from ostler.client import guests, running
 from ostler.client.job import Job
 from ostler.client.plan import Plan, as_hostname
-from ostler.client.running import RunningGuest
+from ostler.client.restored import RestoredGuest
 from ostler.config import GuestSpec
 from ostler.control.runtime import Entry, check_name, new_name
-from ostler.errors import AgentError, OstlerError, StateError
+from ostler.errors import OstlerError, StateError
 from ostler.snapshot import store
 from ostler.snapshot.manifest import Manifest
 from ostler.snapshot.store import Snapshot
@@ -93,7 +94,9 @@ def plan(
         name=chosen, spec=spec, job=job, boot="agent", is_service=False, is_durable=False, facts=facts,
         settings={"hostname": as_hostname(chosen)},
     )  # fmt: skip
-    return made, {"snapshot": str(snapshot.folder)}
+    # A fork's is gone with the parent, so that nobody need prepare for more of the same.
+    once = {"once": True} if PurePath(found.memory).is_absolute() else {}
+    return made, {"snapshot": str(snapshot.folder), **once}
 
 
 _NO_JOB: dict[str, Any] = {"argv": (), "env": {}, "cwd": None, "user": None}
@@ -122,30 +125,6 @@ def start(
     made, origin = plan(snapshot, guest_name, ports=ports, accel=accel)
     launched = running.launch_plan(made, leash=leash, remove=remove, origin=origin)
     return running.hold(launched, lambda: RestoredGuest(launched, made))
-
-
-class RestoredGuest(RunningGuest):
-    """One that did not boot: its agent is there already, and the guest is to become another than it was."""
-
-    def configure(self) -> None:
-        """Hostname, time of day, random bytes of its own. A guest without an agent goes on as it is."""
-        if self.plan.spec.vsock_cid is None:
-            return
-        try:
-            self.agent.add_entropy()
-            self.agent.set_time()
-        except AgentError as error:
-            raise self.explain(error) from error
-        self._say({**self._network(), **self.plan.settings})
-
-    def _network(self) -> dict[str, Any]:
-        """IP addresses it has: they are the same in every network of passt's. MAC addresses are each guest's own."""
-        if not self.plan.spec.nets:
-            return {}
-        facts = guests.request(self.entry, "inspect")
-        self.troubles = [str(each) for each in facts.get("troubles", [])]
-        found = {"dns": facts.get("network", {}).get("dns"), "interfaces": facts.get("macs")}
-        return {name: value for name, value in found.items() if value}
 
 
 def fork(

@@ -31,9 +31,10 @@ from ostler.errors import AgentError, BadRequest, CommandFailed
 from ostler.images.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from ostler.agent.answers import Info
     from ostler.agent.client import AgentClient
     from ostler.agent.process import Process
-    from ostler.agent.requests import Completed, Info, Terminal
+    from ostler.agent.requests import Completed, Terminal
     from ostler.client.async_vm import AsyncVM
     from ostler.client.running import RunningGuest
     from ostler.config import GuestRequest

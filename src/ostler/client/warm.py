@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ostler.client import guests, running
+from ostler.client.restored import RestoredGuest
 from ostler.client.running import RunningGuest
-from ostler.client.snapshots import RestoredGuest, described
+from ostler.client.snapshots import described
 from ostler.config.schedule import Schedule
 from ostler.control.pool import installation_stamp
 from ostler.errors import OstlerError
 from ostler.host.folders import cache_root
 from ostler.snapshot import manifest, store
-from ostler.snapshot.store import Snapshot
 
 if TYPE_CHECKING:
     from ostler.client.plan import Plan
@@ -70,6 +70,20 @@ def is_fit(plan: Plan) -> bool:
     return plan.boot == "agent" and only_root and quiet and nets and spec.vsock_cid is not None
 
 
+def cached(plan: Plan) -> tuple[Plan, Path] | None:
+    """How a guest like this one is started from a cached snapshot, and that; None where there is none."""
+    folder = root() / key(plan) if is_fit(plan) else None
+    with contextlib.suppress(OstlerError):
+        if folder is not None and folder.is_dir():
+            return _as_saved(plan, manifest.load(folder)), folder
+    return None
+
+
+def _as_saved(plan: Plan, found: manifest.Manifest) -> Plan:
+    """With the processor that the snapshot was taken of."""
+    return dataclasses.replace(plan, spec=plan.spec.model_copy(update={"cpu": found.model}))
+
+
 def key(plan: Plan) -> str:
     """What the boot depends on."""
     spec = plan.spec.model_copy(update={"ports": ()}).scheduled(Schedule())
@@ -85,10 +99,8 @@ def root() -> Path:
 
 
 def _restored(plan: Plan, folder: Path, *, leash: bool, remove: bool) -> RunningGuest:
-    snapshot = Snapshot(folder, manifest.load(folder))
+    made = _as_saved(plan, manifest.load(folder))
     os.utime(folder)
-    spec = plan.spec.model_copy(update={"cpu": snapshot.manifest.model})
-    made = dataclasses.replace(plan, spec=spec)
     launched = running.launch_plan(made, leash=leash, remove=remove, origin={"snapshot": str(folder)})
     return running.hold(launched, lambda: RestoredGuest(launched, made))
 

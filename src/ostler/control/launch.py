@@ -55,7 +55,13 @@ def launch(
         options = [each for name, fd in zip(names, inherited, strict=True) for each in (f"--{name}", str(fd))]
         log = always.enter_context((claim.entry.path / runtime.VMM_LOG).open("ab"))
         process: pool.VmProcess | None = pool.request(
-            {"folder": str(claim.entry.path), "environment": dict(os.environ), "descriptors": [*names, "log"]},
+            {
+                "folder": str(claim.entry.path),
+                "environment": dict(os.environ),
+                "descriptors": [*names, "log"],
+                "spec": spec,
+                "origin": origin,
+            },
             [*inherited, log.fileno()],
         )
         if process is None:

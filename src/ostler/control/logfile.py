@@ -23,6 +23,10 @@ class RotatedLog:
         self._fd = -1
         self._size = 0
 
+    def move(self, path: Path) -> None:
+        """Be written there; before anything is."""
+        self._path = path
+
     def write(self, data: bytes) -> None:
         """Append. A full disk loses output, not the guest."""
         with contextlib.suppress(OSError):

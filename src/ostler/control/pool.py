@@ -158,15 +158,15 @@ def start() -> None:
     process.wait()
 
 
-def wait_until_warm(timeout_s: float) -> bool:
-    """Whether the pool answers within the time."""
+def wait_until_warm(timeout_s: float, *, ready: int = 0) -> bool:
+    """Whether the pool answers within the time, and has so many guests made ahead."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asked, contextlib.suppress(OSError):
             asked.settimeout(max(deadline - time.monotonic(), 0.1))
             asked.connect(str(socket_path()))
             asked.sendall(b'{"ping": true}\n')
-            if asked.recv(4096):
+            if (said := asked.recv(4096)) and json.loads(said)["ready"] >= ready:
                 return True
         time.sleep(0.01)
     return False

@@ -166,6 +166,11 @@ def claim(name: str, facts: dict[str, Any], spec: str, origin: dict[str, Any] | 
     return Claim(Entry(name, place), lock_fd)
 
 
+def origin_of(entry: Entry) -> dict[str, Any]:
+    """Where the guest goes on from, empty for one that boots."""
+    return _read_json(entry.path / ORIGIN)
+
+
 def entries() -> list[Entry]:
     """All guests, running or kept, oldest first; heals on the way."""
     with _registry():

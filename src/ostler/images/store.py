@@ -114,6 +114,12 @@ def recipe_of(name: str) -> ImageConfig | None:
         return None
 
 
+def files_of(name: str) -> list[Path]:
+    """What `find` looks at for an image that is there: where these are what they were, it finds the same."""
+    digest = _digest_of(name)
+    return [] if digest is None else [_name_file(name), *sorted(place_of(digest).iterdir())]
+
+
 def names() -> dict[str, str]:
     """Return all names and the digests they stand for, damaged entries left out."""
     found = {}

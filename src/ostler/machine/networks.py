@@ -83,6 +83,19 @@ def _network(
     return Network(name, device, settings(known))
 
 
+def rename(cards: Sequence[Network], nets: Sequence[NetSpec], guest: str) -> list[Network]:
+    """The cards of a restored guest that gets its name only now, with the addresses that go with it."""
+    found = []
+    for card in cards:
+        number = int(card.name.removeprefix("net"))
+        if nets[number].mac is None:
+            card.device.own_mac = stable_mac(guest, number)
+        mac = {"mac": card.device.own_mac.hex(":")}
+        interfaces = [{**each, **mac} for each in card.settings.get("interfaces", [])]
+        found.append(replace(card, settings={**card.settings, "interfaces": interfaces} if interfaces else {}))
+    return found
+
+
 def stable_mac(guest: str, number: int) -> bytes:
     """The same address for the same guest and place among its cards: systems name interfaces after it."""
     digest = hashlib.sha256(f"ostler mac {guest} {number}".encode()).digest()

@@ -91,6 +91,7 @@ def _vsock(cid: int, stack: contextlib.ExitStack, around: Surroundings) -> Virti
     if around.folder is None:
         raise BadRequest(f"vsock_cid {cid}: expected a guest with a runtime folder, for the sockets in it")
     sockets = stack.enter_context(VsockSockets(around.folder / VSOCK_SOCKET, around.host))
+    around.when_moved.append(lambda folder: sockets.move(folder / VSOCK_SOCKET))
     device = VsockDevice(sockets, guest_cid=cid)
     sockets.attach(device)
     return device

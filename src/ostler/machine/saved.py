@@ -96,17 +96,30 @@ def restore(saved: SavedMachine, machine: Machine, accel: Accel) -> None:
     _check_model(saved.model, machine)
     if len(saved.processors) != len(machine.vcpus):
         raise StateError(f"saved with {len(saved.processors)} processors, the machine has {len(machine.vcpus)}")
+    _restore_processors(saved, machine, accel)
+    with machine.board.lock:
+        machine.board.restore(saved.board)
+
+
+def restart(saved: SavedMachine, machine: Machine, accel: Accel) -> None:
+    """Undo the passing of time in a machine that `saved` was put into and that has not run since."""
+    _restore_processors(saved, machine, accel)
+    with machine.board.lock:
+        machine.board.restart(saved.board)
+
+
+def _restore_processors(saved: SavedMachine, machine: Machine, accel: Accel) -> None:
+    """What the accelerator keeps: everything but memory and the board's devices."""
     clock = kvm_board.ClockData()
     clock.clock = saved.clock_ns
     machine.vm.set_clock(clock)
     for chip in saved.chips:
         machine.vm.set_irqchip(_structure(kvm_board.Irqchip, "irqchip", chip))
     machine.vm.set_pit2(_structure(kvm_board.PitState2, "pit", saved.pit))
+    known = set(accel.get_msr_index_list())
     # One value for all: accelerators see writes of the same TSC to several processors as one clock.
     for processor, vcpu in zip(saved.processors, machine.vcpus, strict=True):
-        _restore_processor(processor, vcpu, set(accel.get_msr_index_list()))
-    with machine.board.lock:
-        machine.board.restore(saved.board)
+        _restore_processor(processor, vcpu, known)
 
 
 def _model_name(machine: Machine) -> str:

@@ -30,5 +30,7 @@ class Surroundings:
     """What throw-away disks begin with, by the devices' names, where that is more than their base."""
     is_incoming: bool = False
     """The guest still runs elsewhere: what only one may hold is not taken yet."""
+    when_moved: list[Callable[[Path], None]] = field(default_factory=list)
+    """Called with another runtime folder when that is the guest's from now on. Before the loop runs."""
     goes_on: bool = False
     """Whether the guest goes on from somewhere: milliseconds count, and nobody waits for what it does not need yet."""

@@ -174,8 +174,10 @@ class GuestProcess:
             host = Host(self.loop, self.lock)
             disks = beginning.disks if beginning else {}
             around = Surroundings(
-                host, folder, self._report, wiring.clock, wiring.new_timer, disks, is_incoming, beginning is not None
-            )
+                host, folder, self._report, wiring.clock, wiring.new_timer, disks, is_incoming,
+                goes_on=beginning is not None,
+            )  # fmt: skip
+            self._when_moved = around.when_moved
             self.networks = _networks(spec, undo, around)
             functions = _functions(spec, undo, around, self.networks)
             image = beginning.open_memory() if beginning else None
@@ -277,6 +279,19 @@ class GuestProcess:
             saved.restore(state, self.machine, self._accel)
         except AccelError as error:
             raise StateError(f"saved state is not one that {self._accel.name} takes: {error}") from error
+
+    def become(self, folder: Path, state: SavedMachine) -> None:
+        """Be the guest of that folder: one that was restored from `state` before anybody knew whose it would be.
+
+        Before `run`. Raises HostError, StateError.
+        """
+        from ostler.machine import networks, saved
+
+        for move in self._when_moved:
+            move(folder)
+        self.shares.rename(folder.name)
+        self.networks = networks.rename(self.networks, self.machine.spec.nets, folder.name)
+        saved.restart(state, self.machine, self._accel)
 
     def _log_unclaimed(self) -> None:
         """What the guest looked for in vain, most often first."""

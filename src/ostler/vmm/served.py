@@ -18,14 +18,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from ostler import accel
 from ostler.config import GuestSpec
 from ostler.control import runtime
-from ostler.control.logfile import RotatedLog
 from ostler.control.wire import Message, pack_error
 from ostler.errors import HostError, OstlerError
 from ostler.machine.networks import merged_settings
-from ostler.vmm.hub import HubConsole
+from ostler.vmm.prepared import make
 from ostler.vmm.run import GuestProcess, command_line, read_material
 from ostler.vmm.server import ControlServer
 from ostler.vmm.service import GuestService, describe
@@ -33,6 +31,7 @@ from ostler.vmm.snapshots import SnapshotService
 
 if TYPE_CHECKING:
     from ostler.vmm.origin import Origin
+    from ostler.vmm.prepared import Prepared
 
 
 class Readiness:
@@ -54,8 +53,14 @@ class Readiness:
         return True
 
 
-def serve(folder: Path, *, lock: int | None = None, ready: int | None = None, leash: int | None = None) -> int:
-    """Run the guest described in `folder` to its end; returns the exit status of this process."""
+def serve(
+    folder: Path, *, lock: int | None = None, ready: int | None = None, leash: int | None = None,
+    prepared: Prepared | None = None,
+) -> int:  # fmt: skip
+    """Run the guest described in `folder` to its end; returns the exit status of this process.
+
+    `prepared` is one that may be it, and is closed here.
+    """
     entry = runtime.Entry(folder.name, folder)
     readiness = Readiness(ready)
     for fd in (lock, leash):
@@ -63,7 +68,7 @@ def serve(folder: Path, *, lock: int | None = None, ready: int | None = None, le
             os.set_inheritable(fd, False)
     (folder / runtime.PID).write_text(f"{os.getpid()}\n")
     try:
-        end = _run(entry, readiness, leash)
+        end = _run(entry, readiness, leash, prepared)
     except OstlerError as error:
         if readiness.say({"error": pack_error(error)}):
             return error.exit_status
@@ -87,31 +92,29 @@ def leave(entry: runtime.Entry, end: Message) -> None:
             runtime.write_end(entry, {**end, "ended": time.time()})
 
 
-def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Message:
+def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None, prepared: Prepared | None) -> Message:
     spec = GuestSpec.model_validate_json((entry.path / runtime.SPEC).read_text())
     with contextlib.ExitStack() as stack:
-        origin = _origin(entry)
-        opened = accel.open(spec.accel)
-        stack.callback(opened.close)
-        log = RotatedLog(entry.console_log)
-        hubs: list[HubConsole] = []
-
-        def make_console(*arguments: object) -> HubConsole:
-            hubs.append(HubConsole(log, *arguments))  # type: ignore[arg-type]
-            return hubs[0]
-
-        process = stack.enter_context(GuestProcess(spec, opened, make_console, folder=entry.path, beginning=origin))
+        if prepared is not None:
+            stack.enter_context(prepared)
+        if prepared is not None and prepared.is_for(entry):
+            origin: Origin | None = prepared.origin
+            made = prepared.become(entry)
+        else:
+            origin, prepared = _origin(entry), None
+            made = make(spec, entry.path, stack, beginning=origin)
+        process = made.process
         server = stack.enter_context(listen(entry, process))
         facts = {
             "name": entry.name,
-            "accelerator": opened.name,
+            "accelerator": made.accelerator,
             "masked_features": list(process.machine.masked_features),
             "spec": json.loads(spec.model_dump_json()),
             # As the agent's `configure` takes it.
             "network": merged_settings(process.networks),
             "troubles": process.early_troubles,
         }
-        service = GuestService(process, server, hubs[0], facts, entry)
+        service = GuestService(process, server, made.hub, facts, entry)
         server.service = service
         stack.callback(service.close)
         process.report = service.report
@@ -119,8 +122,9 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None) -> Messa
         if origin is None:
             _boot(process, spec)
         else:
-            origin.complete(process.machine.memory)
-            process.restore_state(origin.saved)
+            if prepared is None:
+                origin.complete(process.machine.memory)
+                process.restore_state(origin.saved)
             process.machine.begin_generation()
             # It still uses the addresses of the guest it was; its agent can be told those that belong to this one.
             facts["macs"] = [

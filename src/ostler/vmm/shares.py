@@ -65,6 +65,10 @@ class ProcessorShares:
         self._thread: GovernorThread | None = None
         self.schedule = schedule
 
+    def rename(self, name: str) -> None:
+        """Be known by that name; before `start`."""
+        self._name = name
+
     def start(self) -> None:
         """Take part; the processors run."""
         self._pin(self.schedule)

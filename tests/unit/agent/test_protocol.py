@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ostler.agent import wire
 from ostler.agent.protocol import WINDOW_BYTES, Conversation, Data, Entry, Exited, Failed, Hello, Phase, Reply, Room
-from ostler.agent.wire import MAX_PAYLOAD, Decoder, Kind, encode, encode_json
+from ostler.agent.wire import MAX_PAYLOAD, Decoder, Kind, decode_json, encode, encode_json
 from ostler.errors import AgentProtocolError, CommandNotFound
 
 HELLO = encode_json(Kind.HELLO, {"protocol": "ostler-agent", "version": 1, "agent": "9.9", "features": ["exec"]})
@@ -173,3 +173,24 @@ def test_random_guest_gives_events_or_an_error_and_nothing_is_hoarded(operation:
     except AgentProtocolError:
         assert conversation.phase is Phase.BROKEN
     assert conversation._decoder.pending_bytes <= MAX_PAYLOAD + 8 + 40
+
+
+def test_requests_at_once_are_answered_in_their_order() -> None:
+    conversation = greeted()
+    sent = conversation.requests([("entropy", {"hex": "00"}), ("ping", {}), ("info", {})])
+    frames = list(Decoder().feed(sent))
+    refusal = encode_json(Kind.ERROR, {"code": "unsupported", "message": "no"})
+    events = list(conversation.receive(encode_json(Kind.REPLY, {"one": 1}) + refusal))
+
+    assert [decode_json(frame.payload)["op"] for frame in frames] == ["entropy", "ping", "info"]
+    assert [type(event) for event in events] == [Reply, Failed]
+    phases = [conversation.phase]
+    assert list(conversation.receive(encode_json(Kind.REPLY, {}))) == [Reply({})]
+    assert [*phases, conversation.phase] == [Phase.WAITING, Phase.IDLE]
+
+
+@pytest.mark.parametrize("wanted", [[], [("ping", {}), ("exec", {})]])
+def test_requests_at_once_are_such_as_have_one_answer(wanted: list[tuple[str, dict[str, object]]]) -> None:
+    conversation = greeted()
+    with pytest.raises(ValueError, match="one answer each"):
+        conversation.requests(wanted)

@@ -76,6 +76,15 @@ def test_client_is_connected_to_the_guest_and_both_ways_carry_bytes(
         assert guest.next_packets(1) == [(OP_SHUTDOWN, host_port, b"")]
 
 
+def test_socket_that_was_moved_is_reached_where_it_is_now(tmp_path: Path, running: RunningLoop) -> None:
+    with VsockSockets(tmp_path / "before", running.host) as sockets:
+        sockets.move(tmp_path / "after")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(str(tmp_path / "after"))
+        assert not (tmp_path / "before").exists()
+    assert not (tmp_path / "after").exists()
+
+
 def test_client_whose_port_the_guest_refuses_sees_the_end(
     sockets: VsockSockets, guest: SocketGuest, running: RunningLoop
 ) -> None:

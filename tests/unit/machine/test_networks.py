@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from ostler.backends.passt_options import Address, GuestAddresses
 from ostler.config.devices import NetSpec, PortSpec
 from ostler.devices.virtio.net import NetDevice
 from ostler.errors import BadRequest
-from ostler.machine.networks import Network, build, merged_settings, settings, stable_mac, with_static
+from ostler.machine.networks import Network, build, merged_settings, rename, settings, stable_mac, with_static
 from tests.unit.devices.virtio.net_fakes import MAC, FakeWire
 
 PASST = GuestAddresses(
@@ -69,3 +70,16 @@ def test_address_of_a_card_is_stable_local_and_of_one_station() -> None:
 def test_ports_without_passt_are_refused() -> None:
     with contextlib.ExitStack() as stack, pytest.raises(BadRequest, match="only passt forwards ports"):
         build([], [PortSpec.model_validate("80:80")], stack, None)  # type: ignore[arg-type]
+
+
+def test_card_of_a_guest_that_gets_its_name_later_has_the_address_that_goes_with_it() -> None:
+    cards = [Network(f"net{number}", NetDevice(FakeWire(), mac=MAC), settings(PASST)) for number in range(2)]
+    nets = [NetSpec(), NetSpec.model_validate({"kind": "passt", "mac": MAC.hex(":")})]
+
+    own, chosen = rename(cards, nets, "late")
+
+    assert own.device.own_mac == stable_mac("late", 0)
+    assert own.settings == settings(replace(PASST, mac=stable_mac("late", 0)))
+    # The driver goes on with the one it knows until it is told.
+    assert own.device.mac == MAC
+    assert (chosen.device.own_mac, chosen.settings) == (MAC, settings(PASST))

@@ -15,15 +15,20 @@ import pytest
 
 from ostler.control import pool as client
 from ostler.vmm import pool
+from ostler.vmm.pool_ahead import Task
 
 WAIT_S = 60
 
 
-def say_and_end(asked: socket.socket) -> NoReturn:
-    """What a child does here: says its request on the descriptor it was given, and ends when that is closed."""
+def say_and_end(asked: socket.socket, task: Task | None) -> NoReturn:
+    """Life of a child here: makes what it is to, says its request where it is told to, ends when that is closed."""
+    if task is not None:
+        if task.spec == "impossible":
+            os._exit(1)
+        asked.send(b"!")
     data, fds, _, _ = socket.recv_fds(asked, client.MAX_REQUEST_BYTES, pool.MAX_FDS)
     if data:
-        os.write(fds[0], data)
+        os.write(fds[0], data.replace(b'"plain"', b'"made ahead"') if task else data)
         os.close(fds[0])
         # The other end of what it was given, closed by the client, is how it learns that all is over.
         os.read(fds[1], 1)
@@ -48,10 +53,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         os.wait()
 
 
-def ask(number: int) -> bytes:
+def ask(number: int, **more: object) -> bytes:
     """Ask, and read what the child says to its end."""
     (reading, writing), (theirs, ours) = os.pipe(), os.pipe()
-    process = client.request({"number": number}, [writing, theirs])
+    process = client.request({"number": number, **more}, [writing, theirs])
     assert process is not None
     os.close(writing)
     with os.fdopen(reading, "rb") as said:
@@ -86,3 +91,26 @@ def test_request_that_is_nonsense_ends_nothing(served: Path) -> None:
         asked.sendall(b"nonsense\n")
         assert asked.recv(10) == b""
     assert json.loads(ask(1))["number"] == 1
+
+
+@pytest.mark.usefixtures("served")
+def test_guest_that_went_on_from_a_snapshot_has_the_next_one_made_ahead() -> None:
+    wanted = {"kind": "plain", "spec": "{}", "origin": {"snapshot": "/a"}, "environment": {"OSTLER_DATA": "/b"}}
+    first = ask(1, **wanted)
+    assert client.wait_until_warm(WAIT_S, ready=1)
+    other = ask(2, **{**wanted, "environment": {"OSTLER_DATA": "/c"}})
+    second = ask(3, **wanted)
+
+    assert [json.loads(each)["kind"] for each in (first, other, second)] == ["plain", "plain", "made ahead"]
+
+
+@pytest.mark.usefixtures("served")
+def test_guest_that_cannot_be_made_ahead_is_not_tried_again_and_nobody_is_the_worse() -> None:
+    wanted = {"kind": "plain", "spec": "impossible", "origin": {"snapshot": "/a"}, "environment": {}}
+    ask(1, **wanted)
+    possible = {**wanted, "spec": "{}"}
+    ask(2, **possible)
+    assert client.wait_until_warm(WAIT_S, ready=1)
+
+    assert json.loads(ask(3, **wanted))["kind"] == "plain"
+    assert json.loads(ask(4, **possible))["kind"] == "made ahead"

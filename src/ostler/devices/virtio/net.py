@@ -97,6 +97,11 @@ class NetDevice(VirtioDevice):
         """The address it was made with, whatever the driver or a saved state has it use."""
         return self._own_mac
 
+    @own_mac.setter
+    def own_mac(self, mac: bytes) -> None:
+        """Be another card to whoever looks at it after the driver's next reset, or is told."""
+        self._own_mac = mac
+
     @property
     def mac(self) -> bytes:
         """The address as the driver has set it last."""
