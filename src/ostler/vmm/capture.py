@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ostler.backends import disk_layers
 from ostler.backends.disk import RawDisk
@@ -28,6 +28,10 @@ from ostler.snapshot import image, manifest, schema, store
 from ostler.snapshot.manifest import DiskFacts, Manifest
 from ostler.vmm.run import GuestProcess
 
+if TYPE_CHECKING:
+    from ostler.config import GuestSpec
+    from ostler.machine.saved import SavedMachine
+
 CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -35,12 +39,17 @@ CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 class Caught:
     """A guest at one instant."""
 
-    state: bytes
-    model: str
+    saved: SavedMachine
+    spec: GuestSpec
     wall_s: float
     pause_ms: float = 0.0
     disks: dict[str, DiskFacts] = field(default_factory=dict)
     frozen: dict[str, FrozenLayers] = field(default_factory=dict)
+
+    @property
+    def state(self) -> bytes:
+        """As it is written; made when the guest runs on."""
+        return schema.encode(self.saved, self.spec)
 
 
 class Capturer:
@@ -202,8 +211,7 @@ class Capturer:
         process.pause()
         try:
             saved = process.save_state()
-            spec = process.machine.spec
-            caught = Caught(schema.encode(saved, spec), saved.model, time.time())
+            caught = Caught(saved, process.machine.spec, time.time())
             with process.lock:
                 self._catch_disks(caught)
                 memory = catch_memory(caught)
@@ -234,7 +242,7 @@ class Capturer:
     def _manifest(self, caught: Caught, given: Mapping[str, Any], **more: Any) -> Manifest:
         machine = self._process.machine
         return Manifest(
-            guest=self._name, created=caught.wall_s, model=caught.model,
+            guest=self._name, created=caught.wall_s, model=caught.saved.model,
             spec=json.loads(machine.spec.model_dump_json()), memory_bytes=machine.spec.memory_bytes,
             image_bytes=len(machine.memory.whole), disks=caught.disks, **given, **more,
         )  # fmt: skip
