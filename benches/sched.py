@@ -35,6 +35,7 @@ from ostler.sched.policy import Claim, fair_rates
 from ostler.sched.table import Share
 from ostler.testing import kernels
 from ostler.testing.simulated_host import SimulatedHost
+from ostler.testing.simulated_policy import simulate
 
 # 32-bit: a loop at 0x8000, INIT and SIPI to every other processor, which begin there, and a loop.
 SPIN = bytes.fromhex(
@@ -208,6 +209,12 @@ def decisions() -> list[tuple[str, float]]:
         host = dict.fromkeys(range(max(1, count // 10)), 1.0)
         runs = 5 if count >= 10_000 else 50
         found.append((f"division among {count} vCPUs", timed(lambda c=claims, h=host: fair_rates(c, h), runs=runs)))  # type: ignore[misc]
+    claims = [Claim(1.0, random.choice((50, 100, 200, 400))) for _ in range(10_000)]
+    due = [each.rate for each in fair_rates(claims, dict.fromkeys(range(1_000), 1.0))]
+    had = simulate(claims, 1_000, steps=500)
+    worst = max(abs(got - wanted) / wanted for got, wanted in zip(had, due, strict=True))
+    print(f"10,000 vCPUs on 1,000 CPUs, simulated for 5 s: {sum(had) / 10:.2f} % of the host used, "
+          f"worst share {100 * worst:.1f} % off")  # fmt: skip
     for count in (3, 11):
         with tempfile.TemporaryDirectory() as folder:
             host_of = SimulatedHost(Path(folder), 1)
