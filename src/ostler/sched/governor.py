@@ -122,6 +122,8 @@ class Governor:
             self._review_ns = 0
             self._write(self._host.now_ns(), self._processors.usage())
         self._table.announce()
+        # Whoever asked is to see what it comes to.
+        self.step(self._host.now_ns())
 
     @property
     def verdict(self) -> Verdict:

@@ -108,8 +108,10 @@ class ProcessorShares:
             raise BadRequest(
                 f"reserve {schedule.reserve:g}: expected at most {PERCENT} percent for each of {self._vcpus} vCPUs"
             )
+        from ostler.config.schedule import format_cpus
+
         if schedule.pin is not None and (missing := sorted(set(schedule.pin) - usable_cpus())):
-            raise BadRequest(f"pin {missing[0]}: expected host CPUs of {sorted(usable_cpus())}")
+            raise BadRequest(f"pin {missing[0]}: expected host CPUs of {format_cpus(usable_cpus())}")
         if self._governor is None and not share_of(schedule).is_default:
             raise BadRequest("shares: this guest runs without them, as its log says; it can be pinned only")
         if schedule.pin != self.schedule.pin:

@@ -1,9 +1,8 @@
 """Telling a guest of the turns it had to wait for: its counter of stolen time.
 
-The accelerator adds what the host's kernel made a processor's thread wait (KVM by itself, the software CPU in
-`rust/soft/src/steal.rs`). Neither knows of the time that the run loop was kept out of the guest, which whoever did that
-is to add. The counter lives in guest memory, where KVM too only ever adds to it, in the processor's thread: so it may
-be added to here, in the same thread, while the processor is out of the guest.
+KVM adds what the host's kernel made a processor's thread wait. It does not know of the time that the run loop was kept
+out of the guest, which whoever did that is to add. The counter lives in guest memory, where KVM too only ever adds to
+it, in the processor's thread: so it may be added to here, in the same thread, while the processor is out of the guest.
 
 `struct kvm_steal_time` (Documentation/virt/kvm/x86/msr.rst): the counter in nanoseconds, and at 8 a version that is
 odd while it changes.
