@@ -4,27 +4,35 @@
 SHELL := /bin/sh
 PY := .venv/bin/python
 CARGO ?= cargo
+DASHBOARD := src/ostler/api/static/index.html
+WEB_SOURCES := $(shell find web -name node_modules -prune -o -type f -print)
 RUST_SOURCES := $(shell find rust -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: help setup run test test-rust test-python lint fuzz lockstep trials bench bars hostile test-kvm conformance clean
+.PHONY: help setup run test test-rust test-python test-web lint fuzz lockstep trials bench bars hostile test-kvm conformance clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: .venv/.setup ## Install what is missing; leave .venv/bin/ostler
+setup: .venv/.setup $(DASHBOARD) ## Install what is missing; leave .venv/bin/ostler
 
 .venv/.setup: tools/setup pyproject.toml tools/ostler_build.py tools/ostler_version.py $(RUST_SOURCES)
 	@tools/setup
 
+$(DASHBOARD): $(WEB_SOURCES) tools/web | .venv/.setup
+	@tools/web build
+
 run: ## Boot a Debian kernel: a shell with a terminal, else a report and power-off
 	@tools/run
 
-test: setup test-rust test-python ## Set up, then run every test: the engine's, the package's, real guests
+test: setup test-rust test-web test-python ## Set up, then run every test: the engine's, the package's, real guests
 
 test-rust: setup
 	@tools/cargo test --manifest-path rust/Cargo.toml --workspace --exclude ostler-soft-py --quiet
 	@tools/cargo test --manifest-path rust/agent/Cargo.toml --quiet
 	@tools/fuzz --instructions 2_000_000
+
+test-web: setup
+	@tools/web test
 
 test-python: setup
 	@$(PY) -m pytest
@@ -34,6 +42,7 @@ lint: setup ## ruff, mypy, import-linter, rustfmt, clippy
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
+	@tools/web check
 	@tools/cargo fmt --manifest-path rust/Cargo.toml --all --check
 	@tools/cargo fmt --manifest-path rust/agent/Cargo.toml --check
 	@tools/cargo clippy --manifest-path rust/Cargo.toml --workspace --all-targets --quiet -- -D warnings
@@ -76,4 +85,4 @@ conformance: setup ## kvm-unit-tests: make conformance KUT=<folder of the built 
 	@$(PY) tools/conformance.py $(KUT)
 
 clean: ## Remove what setup made here; the cache of guest material stays
-	rm -rf .venv rust/target rust/agent/target src/ostler/_soft*.so src/ostler/agent/data
+	rm -rf .venv rust/target rust/agent/target src/ostler/_soft*.so src/ostler/agent/data src/ostler/api/static web/node_modules
