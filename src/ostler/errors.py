@@ -40,6 +40,22 @@ class HostError(OstlerError):
     """The host refused something Ostler needs: memory, a file descriptor, a system call."""
 
 
+class DatabaseFull(HostError):
+    """The host service's database found no space on its disk; nothing was changed."""
+
+
+class DatabaseDamaged(HostError):
+    """The host service's database cannot be read; guests are untouched, and the message says the way out."""
+
+
+class AdmissionRefused(BadRequest):
+    """The host has not got what a guest asks for; `lack` says of what, as `ostler.hostd.admission` has it."""
+
+    def __init__(self, message: str, *, lack: object = None) -> None:
+        super().__init__(message)
+        self.lack = lack
+
+
 class AccelError(HostError):
     """An accelerator broke its contract or refused a call the machine depends on."""
 
@@ -97,6 +113,10 @@ class GuestPanic(GuestCrash):
 
 class GuestStuck(GuestCrash):
     """A vCPU cannot go on: failed entry, internal error of the accelerator."""
+
+
+class KeptAlready(BadRequest):
+    """A detached guest's command has somebody who stays with it: there is no second one."""
 
 
 class AgentError(OstlerError):

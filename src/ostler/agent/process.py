@@ -156,16 +156,20 @@ class Process:
                 raise AgentError(f"{self.argv[0]}: more than {limit_bytes} bytes of output")
             found[stream] += data
 
+        self.exchange(input, collect)
+        return bytes(found[STDOUT]), bytes(found[STDERR])
+
+    def exchange(self, input: bytes, sink: Sink) -> None:  # noqa: A002 - subprocess's name
+        """Send `input`, hand everything to `sink` as it comes, wait for the end."""
         rest = memoryview(input)
         while self.returncode is None:
             rest = rest[self._offer(rest) :]
             if not rest:
                 self.stdin.close()
-            self._drain(collect)
+            self._drain(sink)
             if self.returncode is None:
                 self._step(None)
-        self._drain(collect)
-        return bytes(found[STDOUT]), bytes(found[STDERR])
+        self._drain(sink)
 
     def relay(self, stdin: int | None, stdout: int, stderr: int) -> int:
         """Connect the command with descriptors of the host's until its end; return its status.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ostler.cli import disks, doctor, guests, images, inside, kernels, moving, plan, run, sched, snapshots, stats
+from ostler.cli import disks, doctor, guests, host, images, inside, kernels, moving, plan, run, sched, snapshots, stats
 
 app = typer.Typer(
     name="ostler",
@@ -39,6 +39,7 @@ app.add_typer(kernels.app, name="kernel", rich_help_panel=_MATERIAL)
 app.add_typer(disks.app, name="disk", rich_help_panel=_MATERIAL)
 app.command("schema", rich_help_panel=_MATERIAL)(guests.schema)
 app.command("plan", rich_help_panel=_HOST)(plan.command)
+app.add_typer(host.app, name="host", rich_help_panel=_HOST)
 app.command("doctor", rich_help_panel=_HOST)(doctor.command)
 
 

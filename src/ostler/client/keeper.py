@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import subprocess
@@ -20,13 +21,17 @@ from ostler.client.job import Job
 from ostler.control.logfile import RotatedLog
 from ostler.control.runtime import VMM_LOG, Entry
 from ostler.control.wire import pack_error, unpack_error
-from ostler.errors import AgentError, HostError, OstlerError
+from ostler.errors import AgentError, HostError, KeptAlready, OstlerError
 
 CHUNK_BYTES = 64 << 10
+LOCK = "keeper.lock"
 
 
-def start(entry: Entry, job: Job) -> None:
-    """Start a keeper; returns when the command runs. Raises what the agent refused it with."""
+def start(entry: Entry, job: Job, *, again: bool = False) -> None:
+    """Start a keeper; returns when the command runs. Raises what the agent refused it with.
+
+    A guest has one keeper at most. With `again` it is fine that there is one: whoever started it was killed meanwhile.
+    """
     with (entry.path / VMM_LOG).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "ostler.client.keeper", str(entry.path)],
@@ -44,7 +49,10 @@ def start(entry: Entry, job: Job) -> None:
         raise HostError(f"guest {entry.name!r}: nobody stays with its command; see {entry.path / VMM_LOG}") from None
     if "error" in message:
         process.wait()
-        raise unpack_error(message["error"])
+        error = unpack_error(message["error"])
+        if again and isinstance(error, KeptAlready):
+            return
+        raise error
     # It is meant to outlive this process; nobody here waits for it.
     process.returncode = 0
 
@@ -54,6 +62,7 @@ def keep(entry: Entry, job: Job) -> None:
     from ostler.agent.client import AgentClient
 
     try:
+        _be_the_only_one(entry)
         agent = AgentClient.connect(entry.vsock_socket, timeout_s=30, alive=entry.is_running)
         process = agent.start(job.argv, env=job.env, cwd=job.cwd, user=job.user)
     except OstlerError as error:
@@ -73,6 +82,15 @@ def keep(entry: Entry, job: Job) -> None:
         os.close(writing)
         logger.join()
     _end_guest(entry, returncode)
+
+
+def _be_the_only_one(entry: Entry) -> None:
+    """Take the keeper's lock, for as long as this process lives. Raises KeptAlready."""
+    fd = os.open(entry.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise KeptAlready(f"guest {entry.name!r}: its command runs already, and somebody stays with it") from None
 
 
 def _end_guest(entry: Entry, returncode: int) -> None:

@@ -73,12 +73,12 @@ class Entry:
     @property
     def facts(self) -> dict[str, Any]:
         """What the launcher recorded; empty where it cannot be read."""
-        return _read_json(self.path / ENTRY)
+        return read_json(self.path / ENTRY)
 
     @property
     def end(self) -> dict[str, Any]:
         """How the guest ended: status, reason, message; empty while it runs and where nobody could say."""
-        return _read_json(self.path / END)
+        return read_json(self.path / END)
 
     def is_running(self) -> bool:
         """Whether the VM process lives."""
@@ -168,7 +168,7 @@ def claim(name: str, facts: dict[str, Any], spec: str, origin: dict[str, Any] | 
 
 def origin_of(entry: Entry) -> dict[str, Any]:
     """Where the guest goes on from, empty for one that boots."""
-    return _read_json(entry.path / ORIGIN)
+    return read_json(entry.path / ORIGIN)
 
 
 def entries() -> list[Entry]:
@@ -256,7 +256,8 @@ def _discard(path: Path) -> None:
     shutil.rmtree(dead, ignore_errors=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in one of an entry's files; empty where it cannot be read."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError):

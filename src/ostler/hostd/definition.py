@@ -44,12 +44,12 @@ def _guest_name(value: str) -> str:
 
 
 Size = Annotated[
-    int, BeforeValidator(_size), Field(ge=0, le=MAX_BYTES),
+    int, BeforeValidator(_size), Field(strict=True, ge=0, le=MAX_BYTES),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_BYTES},
                               {"type": "string", "pattern": r"^[0-9]{1,6}[KMG]$"}]}),
 ]  # fmt: skip
 GuestName = Annotated[str, AfterValidator(_guest_name), WithJsonSchema({"type": "string", "pattern": NAME_PATTERN})]
-Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(strict=True, ge=0, le=86_400, allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -59,8 +59,8 @@ class _Part(BaseModel):
 class Reserve(_Part):
     """What is kept for a guest, whether it uses it or not. Its memory and its ports always are."""
 
-    cpu: Annotated[float, Field(ge=0, le=MAX_CPUS_RESERVED, allow_inf_nan=False)] = 0
-    """Processors' time, in processors: 0.5 is half of one."""
+    cpu: Annotated[float, Field(strict=True, ge=0, le=MAX_CPUS_RESERVED, allow_inf_nan=False)] = 0
+    """Processors' time, in processors: 0.5 is half of one. `cpu_reserve = 50` says the same."""
     disk: Size = 0
     """Bytes on the file system where throw-away disks grow."""
     disk_bandwidth: Size = 0
@@ -79,14 +79,14 @@ class Restart(_Part):
     max_delay_s: Seconds = 60
     reset_after_s: Seconds = 300
     """A guest that ran this long has proved itself: its next end is a first one."""
-    limit: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    limit: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 0
     """Give up after so many in a row; 0: never."""
 
 
 class HostSection(_Part):
     """How the host service treats the guest."""
 
-    autostart: bool = False
+    autostart: Annotated[bool, Field(strict=True)] = False
     """Start it with the service; what it reserves is kept for it even while it does not run."""
     depends_on: Annotated[tuple[GuestName, ...], Field(max_length=MAX_DEPENDENCIES)] = ()
     """Guests that have to be ready before this one starts, and that end after it."""
@@ -94,8 +94,8 @@ class HostSection(_Part):
     """Waited between its dependencies' readiness and its start."""
     readiness: Literal["agent", "none"] = "agent"
     """`agent`: ready when its agent answers, is configured, and the command runs. `none`: as soon as it runs."""
-    ready_timeout_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 600
-    stop_grace_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 30
+    ready_timeout_s: Annotated[float, Field(strict=True, gt=0, le=86_400, allow_inf_nan=False)] = 600
+    stop_grace_s: Annotated[float, Field(strict=True, ge=0, le=3600, allow_inf_nan=False)] = 30
     restart: Restart = Restart()
     reserve: Reserve = Reserve()
 
@@ -122,13 +122,22 @@ def parse(name: str | None, table: dict[str, Any], *, folder: Path = Path("/")) 
         raise BadRequest("name: missing, expected the guest's name")
     if named is not None and named != chosen:
         raise BadRequest(f"name {named!r}: expected {chosen!r}, under which it is to be defined")
-    request = validate_request({**rest, "name": chosen}, folder=folder)
+    host = _host_section(section)
+    request = validate_request({**rest, **_shares(host, rest), "name": chosen}, folder=folder)
     if request.image is None and request.kernel is None:
         raise BadRequest(f"guest {chosen!r}: image: missing, expected the name of one, or a kernel")
-    host = _host_section(section)
     if chosen in host.depends_on:
         raise BadRequest(f"guest {chosen!r}: host.depends_on: depends on itself")
     return Definition(str(chosen), request, host, {**request_table(request, rest), "host": dict(section)})
+
+
+def _shares(host: HostSection, given: dict[str, Any]) -> dict[str, float]:
+    """What is reserved of processors is kept by those who share them out (docs/scheduling.md), in their unit."""
+    if not host.reserve.cpu:
+        return {}
+    if "cpu_reserve" in given:
+        raise BadRequest(f"cpu_reserve {given['cpu_reserve']!r}: expected either this or host.reserve.cpu, not both")
+    return {"cpu_reserve": host.reserve.cpu * 100}
 
 
 def request_table(request: GuestRequest, given: dict[str, Any]) -> dict[str, Any]:

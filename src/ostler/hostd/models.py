@@ -19,6 +19,7 @@ MAX_COPIES = 100
 # Without NUL, which no program's argument can hold, and without what is no character.
 TEXT_PATTERN = r"^[^\x00]*$"
 Word = Annotated[str, Field(max_length=MAX_WORD, pattern=TEXT_PATTERN)]
+Flag = Annotated[bool, Field(strict=True)]
 Line = Annotated[str, Field(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
@@ -220,7 +221,7 @@ class SampleList(View):
 
 
 class StopWish(Wish):
-    grace_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] | None = None
+    grace_s: Annotated[float, Field(strict=True, ge=0, le=3600, allow_inf_nan=False)] | None = None
     """How long it may take to shut down before it is killed; by default what its definition says, else 30."""
 
 
@@ -232,26 +233,26 @@ class ExecWish(Wish):
     cwd: Word | None = None
     user: Word | None = None
     stdin: Annotated[str, Field(max_length=1 << 20)] = ""
-    timeout_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
+    timeout_s: Annotated[float, Field(strict=True, gt=0, le=86_400, allow_inf_nan=False)] | None = None
 
 
 class SnapshotWish(Wish):
     name: GuestName
-    incremental: bool = False
-    freeze: bool = False
-    replace: bool = False
+    incremental: Flag = False
+    freeze: Flag = False
+    replace: Flag = False
 
 
 class RestoreWish(Wish):
     name: GuestName | None = None
     """Of the new guest; made up where there is none. With a count, the names are numbered."""
-    count: Annotated[int, Field(ge=1, le=MAX_COPIES)] = 1
+    count: Annotated[int, Field(strict=True, ge=1, le=MAX_COPIES)] = 1
     accel: Literal["auto", "kvm", "soft"] | None = None
 
 
 class ForkWish(Wish):
     name: GuestName | None = None
-    count: Annotated[int, Field(ge=1, le=MAX_COPIES)] = 1
+    count: Annotated[int, Field(strict=True, ge=1, le=MAX_COPIES)] = 1
 
 
 class MigrateWish(Wish):
@@ -261,13 +262,31 @@ class MigrateWish(Wish):
     tls_cert: Line | None = None
     tls_key: Line | None = None
     tls_ca: Line | None = None
-    insecure: bool = False
-    streams: Annotated[int, Field(ge=1, le=16)] = 1
+    insecure: Flag = False
+    streams: Annotated[int, Field(strict=True, ge=1, le=16)] = 1
     compression: Literal["none", "zlib", "zstd"] = "none"
     bytes_per_s: Size = 0
-    downtime_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False)] = 40
+    downtime_ms: Annotated[float, Field(strict=True, ge=0, le=60_000, allow_inf_nan=False)] = 40
     post_copy: Literal["never", "auto", "now"] = "never"
     name: GuestName | None = None
+
+
+class ScheduleWish(Wish):
+    """Shares of the host's processors (docs/scheduling.md). What is not named stays; null takes away."""
+
+    weight: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = None
+    cap: Annotated[float, Field(strict=True, ge=1, le=102_400, allow_inf_nan=False)] | None = None
+    """Percent of one processor, at most."""
+    reserve: Annotated[float, Field(strict=True, ge=0, le=102_400, allow_inf_nan=False)] | None = None
+    """Percent of one processor, at least."""
+    pin: (
+        Annotated[list[Annotated[int, Field(strict=True, ge=0, le=1023)]], Field(min_length=1, max_length=64)] | None
+    ) = None
+
+
+class ScheduleView(View):
+    shares: dict[str, Any]
+    """As the control protocol's `schedule` has it."""
 
 
 class BalloonWish(Wish):
@@ -278,7 +297,7 @@ class DefineWish(Wish):
     """A definition: a table of `ostler schema` with a table `host`."""
 
     definition: Annotated[dict[str, Any], Field(max_length=MAX_WORDS)]
-    start: bool = False
+    start: Flag = False
     """Start it at once, too."""
 
 
