@@ -62,10 +62,15 @@ def _long_way(arguments: list[str], words: tuple[str, ...] | None) -> int:
     """Understand the arguments with everything that takes, and do what they say."""
     import typer
 
-    from ostler.cli.app import app
-
     try:
-        status = app(arguments, prog_name="ostler", standalone_mode=False, obj=words)
+        if arguments[:1] and arguments[0].partition("=")[0] == "--host":
+            from ostler.cli import remote
+
+            status = remote.run(arguments)
+        else:
+            from ostler.cli.app import app
+
+            status = app(arguments, prog_name="ostler", standalone_mode=False, obj=words)
     except typer.TyperException as error:
         return _complain(error.format_message(), error.exit_code)
     except typer.Abort:
