@@ -90,10 +90,12 @@ class Proxy:
                 other.sendall(data)
             other.shutdown(socket.SHUT_WR)
         except OSError:
-            # Whoever is still there hears of it at once, as it would from a real link's other end.
+            # Whoever is still there hears of it at once, as it would from a real link's other end: closed, for what
+            # is shut down only takes no more and lets its peer wait.
             for each in (one, other):
                 with contextlib.suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
+                each.close()
 
 
 def counted(entry: runtime.Entry) -> int:

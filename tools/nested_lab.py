@@ -195,7 +195,7 @@ def lab(arguments: argparse.Namespace) -> int:
                 continue
             carry_here(steps, name, ["continue", str(state)])
             if steps[name][0]:
-                kept = shutil.copy2(state, cache_root() / "lab" / f"failed-{time.time():.0f}-{turn}")
+                kept = shutil.copytree(state, cache_root() / "lab" / f"failed-{time.time():.0f}-{turn}")
                 say(f"kept what failed: carry.py continue --accel soft {kept}")
     failed = sorted(name for name, (status, _) in steps.items() if status != 0)
     expected = expected_steps(arguments)
