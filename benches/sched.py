@@ -99,7 +99,7 @@ def scenarios(cpus: int) -> list[Scenario]:
     greedy = tuple(Wanted(f"greedy{number}", 0.07, 100) for number in range(10))
     found = [
         Scenario("weights-1", by_weight(1)),
-        Scenario("cap", (Wanted("capped", 0.25, 2, True, {"cpu_cap": 25}), Wanted("free", 0.75, 5)), of_cpu=True),
+        Scenario("cap", (Wanted("capped", 0.25, 2, True, {"cpu_cap": 25}), Wanted("free", 0.75, 100)), of_cpu=True),
         Scenario("cap-alone", (Wanted("capped", 0.25, 2, True, {"cpu_cap": 25}),), of_cpu=True),
         Scenario("reserve", (Wanted("reserved", 0.30, 2, True, {"cpu_reserve": 30}), *greedy), of_cpu=True),
     ]

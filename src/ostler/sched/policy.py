@@ -83,7 +83,8 @@ def fair_rates(claims: Sequence[Claim], capacity: Mapping[int, float]) -> list[D
     left = dict(capacity)
     waiting = [*range(len(claims))]
     while waiting:
-        places = {number: _place(claims[number], left) for number in waiting}
+        everywhere = frozenset(left)
+        places = {number: _place(claims[number], everywhere) for number in waiting}
         level, union, members = _bottleneck(claims, places, left)
         members = members if math.isfinite(level) else waiting
         for number in members:
@@ -96,9 +97,9 @@ def fair_rates(claims: Sequence[Claim], capacity: Mapping[int, float]) -> list[D
     return [due if due is not None else Due(0.0, math.inf) for due in dues]
 
 
-def _place(claim: Claim, left: Mapping[int, float]) -> frozenset[int]:
+def _place(claim: Claim, everywhere: frozenset[int]) -> frozenset[int]:
     """Where it competes; a guest whose CPUs are all gone, or are not there, is at home nowhere."""
-    return frozenset(claim.cpus & left.keys()) if claim.cpus else frozenset(left)
+    return claim.cpus & everywhere if claim.cpus else everywhere
 
 
 def _bottleneck(
@@ -107,7 +108,7 @@ def _bottleneck(
     """The set of CPUs on which virtual time is slowest, and who has nowhere else to go."""
     worst: tuple[float, frozenset[int], list[int]] = (math.inf, frozenset(), [])
     for union in _unions(set(places.values())):
-        members = [number for number, place in places.items() if place <= union]
+        members = [number for number, place in places.items() if place is union or place <= union]
         level = fill_level([claims[number] for number in members], math.fsum(left[cpu] for cpu in union))
         if level < worst[0]:
             worst = (level, union, members)

@@ -201,6 +201,10 @@ class Processor:
         except BaseException as error:
             self._outcome.announce(End(EndKind.BUG, vcpu=self.vcpu.id, error=error))
 
+    def _delay_ns(self) -> int:
+        """Runnable without running, so far; 0 where the kernel does not say."""
+        return (self._delay.read_ns() if self._delay else None) or 0
+
     def _stay_out(self) -> None:
         """Wait for as long as the processor is held or barred."""
         waited_ns = 0
@@ -208,10 +212,12 @@ class Processor:
             while self._must_rest and not self._stopping:
                 if held := self._held:
                     self._parked.set()
+                delayed_ns = self._delay_ns()
                 self._resting_since_ns = since_ns = time.monotonic_ns()
                 self._rest.wait()
                 self._resting_since_ns = None
-                spent_ns = time.monotonic_ns() - since_ns
+                # Let in again, the thread waits for a host CPU: the kernel counts that, and it is counted once.
+                spent_ns = max(0, time.monotonic_ns() - since_ns - (self._delay_ns() - delayed_ns))
                 if held:
                     self._held_ns += spent_ns
                 else:

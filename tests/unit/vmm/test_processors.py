@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from ostler.accel.api import ExitReason
+from ostler.vmm import processors
 from ostler.vmm.processors import Outcome, Processor
 
 LIMIT_S = 30
@@ -100,4 +102,32 @@ def test_barred_processor_stops_when_asked_to(guest: Guest) -> None:
     guest.processor.ask_to_stop()
     guest.processor.join()
     assert not guest.processor.is_alive
+    assert guest.turns == []
+
+
+class AllDelay:
+    """A kernel by whose account a thread has waited for a host CPU in all of its time."""
+
+    def __init__(self, _tid: int) -> None:
+        pass
+
+    def read_ns(self) -> int:
+        return time.monotonic_ns()
+
+    def close(self) -> None:
+        pass
+
+
+def test_waiting_for_a_host_cpu_after_a_turn_is_not_counted_as_waiting_for_the_turn_too(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processors, "RunDelay", AllDelay)
+    guest.processor.bar()
+    guest.processor.start()
+    guest.processor.hold()
+    guest.processor.wait_until_held()
+    guest.processor.go_on()
+    guest.processor.unbar()
+    guest.vcpu.wait_until_entered()
+    assert guest.processor.usage().barred_ns == 0
     assert guest.turns == []
