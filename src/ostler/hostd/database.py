@@ -18,19 +18,21 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import event, exc
 
 from ostler.errors import DatabaseDamaged, DatabaseFull, HostError
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
 LOCK, DATABASE, BACKUP = "lock", "host.db", "host.backup.db"
 BUSY_TIMEOUT_S = 10
 MIGRATIONS = "ostler.hostd:migrations"
+# The newest of them: a database that has it is not looked at by Alembic, which takes half a second to read.
+VERSION = "0001"
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 metadata = sa.MetaData()
@@ -180,19 +182,22 @@ class Database:
             raise damaged(path, str(found))
 
     def _migrate(self) -> None:
-        config = Config()
-        config.set_main_option("script_location", MIGRATIONS)
-        config.set_main_option("path_separator", "os")
-        known = {each.revision for each in ScriptDirectory.from_config(config).walk_revisions()}
-        with self.writing() as connection:
-            config.attributes["connection"] = connection
+        with self.reading() as connection:
+            version = None
             if sa.inspect(connection).has_table("alembic_version"):
                 version = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-                if version not in known:
-                    raise HostError(
-                        f"database {self._folder.database}: of version {version}, which this Ostler does not know; "
-                        "expected one that it or an older one has made"
-                    )
+        if version == VERSION:
+            return
+        from alembic import command
+
+        config = migrations()
+        if version is not None and version not in revisions(config):
+            raise HostError(
+                f"database {self._folder.database}: of version {version}, which this Ostler does not know; "
+                "expected one that it or an older one has made"
+            )
+        with self.writing() as connection:
+            config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
     @contextlib.contextmanager
@@ -209,6 +214,23 @@ class Database:
         if code & 0xFF == sqlite3.SQLITE_FULL or (code & 0xFF == sqlite3.SQLITE_IOERR and _is_full(path.parent)):
             return DatabaseFull(f"database {path}: no space left on its disk; nothing was changed")
         return HostError(f"database {path}: {error.orig}")
+
+
+def migrations() -> Config:
+    """Alembic's way to the versions."""
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", MIGRATIONS)
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def revisions(config: Config) -> list[str]:
+    """All there are, newest first."""
+    from alembic.script import ScriptDirectory
+
+    return [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()]
 
 
 def damaged(path: Path, what: str) -> DatabaseDamaged:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ostler.errors import DatabaseDamaged, DatabaseFull, HostError
-from ostler.hostd.database import Database, StateFolder, recover
+from ostler.hostd.database import VERSION, Database, StateFolder, migrations, recover, revisions
 from ostler.hostd.store import Store
 
 
@@ -77,6 +77,10 @@ def test_recover_whole_database_is_left_alone(tmp_path: Path) -> None:
         pass
     with StateFolder(tmp_path) as folder, pytest.raises(HostError, match="is whole"):
         recover(folder)
+
+
+def test_version_is_the_newest_there_is() -> None:
+    assert revisions(migrations())[0] == VERSION
 
 
 def test_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
