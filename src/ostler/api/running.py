@@ -61,8 +61,8 @@ async def _run(options: Options, say: Callable[[str], None], extend: Callable[[F
         said = settings.read(options.state / settings.FILE)
         files = read_folder(options.guests)
         # Bound before guests are started: who cannot listen starts nothing.
-        stack.callback(serving.forget_socket, options.socket)
         listeners = [serving.listen_unix(options.socket)]
+        stack.callback(serving.forget_socket, options.socket)
         listeners += [serving.listen_tcp(each, options.tls) for each in options.listen]
         for listener in listeners:
             stack.callback(listener.socket.close)

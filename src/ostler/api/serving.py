@@ -70,8 +70,11 @@ class Listener:
 def listen_unix(path: Path) -> Listener:
     """Bind in a folder of this user's. Raises HostError."""
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    if _is_served(path):
+        bound.close()
+        raise HostError(f"socket {path}: another service listens there; expected one of this service's own (--socket)")
     try:
-        # The state folder's lock is ours: whoever bound it before has gone.
+        # Whoever bound it before has gone.
         path.unlink(missing_ok=True)
         bound.bind(str(path))
         path.chmod(0o600)
@@ -80,6 +83,13 @@ def listen_unix(path: Path) -> Listener:
         bound.close()
         raise HostError(f"socket {path}: {error.strerror or error}") from error
     return Listener(bound, None, f"unix:{path}")
+
+
+def _is_served(path: Path) -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asked:
+        asked.connect(str(path))
+        return True
+    return False
 
 
 def listen_tcp(text: str, tls: Tls | None) -> Listener:

@@ -17,7 +17,7 @@ from ostler.api import serving
 from ostler.api.app import create_app
 from ostler.api.client import Client
 from ostler.api.service import Service
-from ostler.errors import BadRequest
+from ostler.errors import BadRequest, HostError
 from ostler.hostd.models import Role
 from tests.unit.api.fakes import served
 
@@ -62,6 +62,15 @@ def test_unix_socket_peer_is_who_the_kernel_says(tmp_path: Path) -> None:
             with pytest.raises(BadRequest, match="is operator, expected admin"):
                 client.get("/v1/audit")
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_listen_unix_socket_in_use_is_left_alone(tmp_path: Path) -> None:
+    with serving.listen_unix(tmp_path / "s").socket:
+        with pytest.raises(HostError, match="another service listens there"):
+            serving.listen_unix(tmp_path / "s")
+        assert (tmp_path / "s").exists()
+    # Nobody is left behind it: it can be had.
+    serving.listen_unix(tmp_path / "s").socket.close()
 
 
 def test_tls_certificate_has_the_role_it_is_given(tmp_path: Path, keys: Path) -> None:
