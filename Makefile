@@ -35,6 +35,7 @@ test-web: setup
 	@tools/web test
 
 test-python: setup
+	@{ command -v chromium || command -v google-chrome; } >/dev/null || tools/apt-install chromium || true
 	@$(PY) -m pytest
 
 lint: setup ## ruff, mypy, import-linter, rustfmt, clippy

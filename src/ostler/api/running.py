@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from ostler.api import serving
 from ostler.api.app import create_app
 from ostler.api.service import Service
+from ostler.client.sampling import Recorder
 from ostler.config.request import read_table
 from ostler.errors import BadRequest
 from ostler.hostd import admission, bringing, definition, inventory, settings
@@ -29,6 +30,7 @@ from ostler.hostd.models import Role
 from ostler.hostd.notify import notify
 from ostler.hostd.opening import Looking, open_host
 from ostler.hostd.stats import History, Statistics
+from ostler.planning import history as usage
 
 STOP_LIMIT_S = 600.0
 
@@ -100,6 +102,7 @@ def open_service(
     audit = stack.enter_context(closing(Audit(state)))
     stack.enter_context(Looking(host))
     stack.enter_context(History(host, statistics))
+    stack.enter_context(Recorder(state / usage.FILE))
     return Service(
         host=host, access=Access(host.store), audit=audit, statistics=statistics, inventory=found, peers=peers,
         certificates=said.certificates,

@@ -71,7 +71,7 @@ def serve(
       ostler host serve --listen 127.0.0.1:8420
     """
     need_extra()
-    from ostler.api import places, running
+    from ostler.api import dashboard, places, running
     from ostler.api.serving import Tls
     from ostler.errors import BadRequest
 
@@ -82,7 +82,9 @@ def serve(
         listen=tuple(listen or ()), tls=Tls(cert, key, authority) if cert is not None and key is not None else None,
         guests=guests.absolute() if guests is not None else None, stop_guests=stop_guests,
     )  # fmt: skip
-    running.run(options, say=_tell)
+    if listen and not dashboard.is_built():
+        _tell(dashboard.NOT_BUILT)
+    running.run(options, say=_tell, extend=dashboard.add)
 
 
 @app.command()

@@ -1,21 +1,23 @@
 """Samples of this user's guests: their counters read again and again, and the rates between two looks.
 
-The host's service calls `Sampler.look` every `history.INTERVAL_S` and hands the result to a `History`. A guest's first
-look gives no sample; nor does one whose counters ran backwards, for it is another guest of that name.
+The host's service has a `Recorder` look every `history.INTERVAL_S`. A guest's first look gives no sample; nor does one
+whose counters ran backwards, for it is another guest of that name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from ostler.client import guests
 from ostler.control import runtime
 from ostler.control.runtime import Entry
 from ostler.errors import OstlerError
-from ostler.planning.history import Sample
+from ostler.planning.history import INTERVAL_S, History, Sample
 
 LOOK_TIMEOUT_S = 2.0
 Stats = dict[str, Any]
@@ -56,6 +58,39 @@ class Sampler:
         ]
         self._last = found
         return samples
+
+
+class Recorder:
+    """Keeps samples while it is open, by a thread of its own; a context manager.
+
+    A minute that cannot be kept, for want of space, is a minute without samples.
+    """
+
+    def __init__(self, path: Path, sampler: Sampler | None = None, *, every_s: float = INTERVAL_S) -> None:
+        """Raises HostError where the file cannot be made."""
+        self._history, self._sampler, self._every_s = History(path), sampler or Sampler(), every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
+
+    def keep(self) -> None:
+        """Look once."""
+        with contextlib.suppress(OstlerError, OSError):
+            self._history.add(self._sampler.look())
+
+    def _run(self) -> None:
+        while True:
+            self.keep()
+            if self._stop.wait(self._every_s):
+                return
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._history.close()
 
 
 def sample_between(guest: str, earlier: Stats, later: Stats, time_s: float) -> Sample | None:

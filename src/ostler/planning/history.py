@@ -18,6 +18,7 @@ from typing import Self
 
 from ostler.errors import HostError
 
+FILE = "usage.sqlite"
 INTERVAL_S = 60.0
 KEPT_S = 14 * 86_400
 MAX_ROWS = 1_000_000
@@ -52,12 +53,12 @@ _TABLE = ", ".join(f"{each.name} {_TYPES[str(each.type)]} NOT NULL" for each in 
 
 
 def default_path() -> Path:
-    """Where this user's samples are: OSTLER_STATE's folder, else the user's state folder."""
+    """Where the host's service keeps its samples: in OSTLER_STATE's folder, else in the user's state folder."""
     if chosen := os.environ.get("OSTLER_STATE"):
-        return Path(chosen) / "usage.sqlite"
+        return Path(chosen) / FILE
     import platformdirs
 
-    return platformdirs.user_state_path("ostler") / "usage.sqlite"
+    return platformdirs.user_state_path("ostler") / "host" / FILE
 
 
 class History:

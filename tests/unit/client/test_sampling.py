@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from typing import Any
 
-from ostler.client.sampling import Sampler
+from ostler.client.sampling import Recorder, Sampler
+from ostler.planning import history
 
 
 def stats(seconds: float, cpu_s: float, read: int = 0, received: int = 0) -> dict[str, Any]:
@@ -46,3 +49,28 @@ def test_look_counters_that_ran_backwards_give_no_sample() -> None:
     sampler.look()
 
     assert sampler.look() == []
+
+
+def test_recorder_keeps_samples_until_it_is_closed(tmp_path: Path) -> None:
+    looked, looks = threading.Event(), [{"web": stats(at, at / 2)} for at in range(1, 20)]
+
+    def read() -> dict[str, Any]:
+        if len(looks) < 17:
+            looked.set()
+        return looks.pop(0) if len(looks) > 1 else looks[0]
+
+    with Recorder(tmp_path / "usage", Sampler(read), every_s=0.001):
+        assert looked.wait(60)
+
+    assert {each.guest for each in history.read(tmp_path / "usage")} == {"web"}
+
+
+def test_recorder_that_cannot_write_goes_on(tmp_path: Path) -> None:
+    looks = [{"web": stats(at, at / 2)} for at in (1, 2, 3)]
+    recorder = Recorder(tmp_path / "usage", Sampler(lambda: looks.pop(0)))
+    recorder._history.close()
+
+    recorder.keep()
+    recorder.keep()
+
+    assert len(looks) == 1
