@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ostler.vmm.prepared import Prepared
 
 IDLE_S = 300.0
-FILL_DELAY_S = 0.15
+FILL_DELAY_S = 0.1
 LOOK_S = 5.0
 SPARE = 2
 MAX_FDS = 4
