@@ -166,6 +166,8 @@ def test_browser_guest_defined_typed_into_saved_and_stopped(browser: Browser, se
     # The console is a terminal that answers.
     page.keyboard.press("2")
     page.wait_for_selector(".console-place[data-state=live]")
+    # What is typed before somebody reads the port is lost.
+    expect(page.locator(".xterm-rows")).to_contain_text("# ")
     page.keyboard.type("echo the answer is $((6*7))\n")
     expect(page.locator(".xterm-rows")).to_contain_text("the answer is 42")
     shoot(page, "console")
