@@ -29,7 +29,7 @@ class Lab:
     @functools.cached_property
     def emulated_kvm(self) -> bool:
         """A KVM that emulates ring 0 by its own instruction emulator, which knows part of the instruction set."""
-        return self.name == "kvm" and probe_kvm().state is KvmState.EMULATED
+        return self.name == "kvm" and not self.emulated_svm and probe_kvm().state is KvmState.EMULATED
 
     @functools.cached_property
     def emulated_svm(self) -> bool:
