@@ -6,6 +6,7 @@
 
 use super::mmu::canonical;
 use super::op::Op;
+use super::stored::Unsettled;
 use super::walk::Page;
 use super::{vector, Cpu, R};
 use crate::mem::{note_store, PAGE_SIZE};
@@ -137,7 +138,8 @@ impl Cpu {
     }
 
     /// A host pointer for an atomic access of `size` bytes, when they lie in one page of RAM; the
-    /// store is recorded (dirty log, code) in advance. `None`: MMIO or crossing, checked writable.
+    /// store is recorded (dirty log, code) in advance, and [`Cpu::settle_store`] is to follow. `None`: MMIO or
+    /// crossing, checked writable.
     pub fn atomic_ptr(&mut self, linear: u64, size: u64, segment: usize) -> R<Option<*mut u8>> {
         let tag = self.tag(linear, size);
         let entry = self.entry(linear);
@@ -217,14 +219,18 @@ impl Cpu {
         if tail.is_empty() {
             let place = self.place(linear, size, true)?;
             self.copy_out(place, head);
+            self.settle_store();
             return Ok(());
         }
         let next = self.wrap(linear.wrapping_add(first as u64));
         self.probe(linear, true)?;
         let rest = self.place(next, tail.len() as u64, true)?;
+        let behind = self.unsettled;
         let place = self.place(linear, first as u64, true)?;
         self.copy_out(place, head);
         self.copy_out(rest, tail);
+        self.settle_store();
+        self.settle_earlier_store(behind);
         Ok(())
     }
 
@@ -258,6 +264,7 @@ impl Cpu {
     /// Translates one page's part and fills the TLB.
     fn place(&mut self, linear: u64, size: u64, write: bool) -> R<Place> {
         self.counters.tlb_misses += 1;
+        self.unsettled = Unsettled::NONE;
         if self.trace.watching {
             self.data_breakpoint(linear, size, write);
         }
@@ -283,8 +290,12 @@ impl Cpu {
         let host_page = (host as usize & !0xfff) as *mut u8;
         let logged = write || slot.dirty.is_none();
         let writable = page.writable && logged && Self::store_cacheable(slot, page.gpa);
-        if !self.uncached() {
+        let cached = !self.uncached();
+        if cached {
             self.install(linear, host_page, Page { writable, ..page });
+        }
+        if write && !(cached && writable) {
+            self.unsettled = Unsettled::new(slot.code_word(page.gpa), page.gpa & 0xfff, size);
         }
         Ok(Place::Ram(host))
     }
@@ -353,7 +364,8 @@ impl Cpu {
         }
     }
 
-    /// The host address for a bulk write of `size` bytes within `linear`'s page, recorded as stored.
+    /// The host address for a bulk write of `size` bytes within `linear`'s page, recorded as stored;
+    /// [`Cpu::settle_store`] is to follow.
     pub fn bulk_write_ptr(&mut self, linear: u64, size: u64, segment: usize) -> R<Option<*mut u8>> {
         self.check_canonical(linear, 1, segment)?;
         if self.uncached() {

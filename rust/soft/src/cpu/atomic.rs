@@ -93,6 +93,7 @@ impl Cpu {
             // SAFETY: as above.
             match unsafe { compare_exchange(host, old, new) } {
                 Ok(_) => {
+                    self.settle_store();
                     self.flags = flags;
                     return Ok(old);
                 }
@@ -123,12 +124,14 @@ impl Cpu {
                 let (seen, ok) =
                     // SAFETY: 16 aligned bytes, vouched for by atomic_ptr().
                     unsafe { cmpxchg16b(host, [old[0].to_u64(), old[1].to_u64()], [new[0].to_u64(), new[1].to_u64()]) };
+                self.settle_store();
                 Ok((seen.map(T::from_u64), ok))
             }
             Some(host) if T::SIZE == 4 && host as usize & 63 <= 56 => {
                 let join = |pair: [T; 2]| pair[0].to_u64() | pair[1].to_u64() << 32;
                 // SAFETY: 8 bytes, vouched for by atomic_ptr().
                 let (seen, ok) = unsafe { cmpxchg64(host, join(old), join(new)) };
+                self.settle_store();
                 Ok(([T::from_u64(seen), T::from_u64(seen >> 32)], ok))
             }
             place => self.split_pair(place, linear, segment, old, new),
@@ -158,6 +161,7 @@ impl Cpu {
             Some(host) => unsafe {
                 store(host, value[0]);
                 store(host.add(T::SIZE), value[1]);
+                self.settle_store();
             },
             None => {
                 self.wr(linear, value[0], segment)?;

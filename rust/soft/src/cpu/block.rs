@@ -530,6 +530,7 @@ impl Cpu {
     /// Takes a new slot map: all translations and blocks go.
     pub(crate) fn set_slots(&mut self, slots: std::sync::Arc<crate::mem::SlotMap>) {
         self.blocks.clear();
+        self.unsettled = super::stored::Unsettled::NONE;
         self.slots = slots;
         self.flush_all();
     }

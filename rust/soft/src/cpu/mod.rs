@@ -42,6 +42,7 @@ pub mod run;
 pub mod segment;
 pub mod stack;
 pub mod state;
+pub(crate) mod stored;
 pub mod table;
 pub mod task;
 pub mod testing;
@@ -353,6 +354,8 @@ pub struct Cpu {
     pub(crate) blocks: block::Blocks,
     /// Pages with code that other vCPUs may still store to unnoticed, see [`Cpu::serialise`].
     pub(crate) shared_code: std::collections::HashSet<u64>,
+    /// The store that was prepared last, see `stored.rs`.
+    pub(crate) unsettled: stored::Unsettled,
     /// Translated code; `None` where only the interpreter runs.
     pub(crate) translator: Option<Box<translate::Translator>>,
     /// x87, MMX, SSE and AVX state.
@@ -418,6 +421,7 @@ impl Cpu {
             pauses: 0,
             counters: Counters::default(),
             exec_epoch: 0,
+            unsettled: stored::Unsettled::NONE,
             pdptr: [0; 4],
             tlb,
             blocks: block::Blocks::default(),

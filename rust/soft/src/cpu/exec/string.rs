@@ -130,6 +130,7 @@ fn movs_chunk<T: Int>(cpu: &mut Cpu, op: &Op, count: u64) -> R<u64> {
             if let Some(destination) = cpu.bulk_write_ptr(to, n * size, seg::ES)? {
                 // SAFETY: n elements lie within the page of each pointer.
                 unsafe { copy_forward::<T>(source, destination, n) };
+                cpu.settle_store();
                 cpu.advance(RSI, n * size, op);
                 cpu.advance(RDI, n * size, op);
                 return Ok(n);
@@ -189,6 +190,7 @@ fn stos_chunk<T: Int>(cpu: &mut Cpu, op: &Op, count: u64) -> R<u64> {
                     (0..n as usize).for_each(|index| store(host.add(index * T::SIZE), value));
                 }
             }
+            cpu.settle_store();
             cpu.advance(RDI, n * size, op);
             return Ok(n);
         }
