@@ -11,6 +11,7 @@ use crate::ioctl::msrs::msr;
 use crate::irqchip::lapic::PendingEvents;
 use crate::irqchip::Lapic;
 use crate::peers::Peer;
+use crate::steal::Steal;
 use crate::vm::Machine;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering::*};
 use std::sync::Arc;
@@ -40,6 +41,7 @@ pub(crate) struct Local {
     /// KVM_SYSTEM_TIME as written, by the MSR it was written to.
     system_time: AtomicU64,
     wall_clock: AtomicU64,
+    pub steal: Steal,
     /// User space said that it stopped the guest (KVM_KVMCLOCK_CTRL).
     stopped: AtomicBool,
     /// Without an in-engine local APIC: CR8, IA32_APIC_BASE, NMIs that wait.
@@ -67,6 +69,7 @@ impl Local {
             lapic,
             system_time: AtomicU64::new(0),
             wall_clock: AtomicU64::new(0),
+            steal: Steal::new(),
             stopped: AtomicBool::new(false),
             cr8: AtomicU64::new(0),
             apic_base: AtomicU64::new(APIC_BASE | bsp),
@@ -211,6 +214,7 @@ impl Local {
             msr::TSC_DEADLINE => self.lapic().map_or(0, Lapic::tsc_deadline),
             msr::KVM_WALL_CLOCK | msr::KVM_WALL_CLOCK_NEW => self.wall_clock.load(Relaxed),
             msr::KVM_SYSTEM_TIME | msr::KVM_SYSTEM_TIME_NEW => self.system_time.load(Relaxed),
+            msr::KVM_STEAL_TIME => self.steal.msr(),
             index if X2APIC.contains(&index) => {
                 return Some(self.lapic().map_or(Err(Gp), |lapic| lapic.msr_read(index).map_err(|_| Gp)));
             }
@@ -239,6 +243,7 @@ impl Local {
                 self.system_time.store(value, Relaxed);
                 self.publish_clock();
             }
+            msr::KVM_STEAL_TIME => return Some(if self.steal.set_msr(value) { Ok(()) } else { Err(Gp) }),
             index if X2APIC.contains(&index) => {
                 return Some(self.lapic().map_or(Err(Gp), |lapic| lapic.msr_write(index, value).map_err(|_| Gp)));
             }
@@ -373,6 +378,7 @@ impl Board for VcpuBoard {
     }
 
     fn ack_interrupt(&mut self) -> Option<u8> {
+        self.0.steal.look(host_tsc(), || self.0.machine.slots());
         match self.0.lapic() {
             Some(lapic) => lapic.ack_interrupt(),
             None => {

@@ -18,6 +18,7 @@ pub mod irqchip;
 pub mod mem;
 mod peers;
 mod runpage;
+mod steal;
 pub mod system;
 pub mod vcpu;
 pub mod vm;

@@ -71,6 +71,7 @@ impl Vcpu {
         let mut board: Box<dyn Board> = Box::new(VcpuBoard(local.clone()));
         let mut lockstep = None;
         if engine == "lockstep" {
+            local.steal.frozen.store(true, Relaxed);
             let machine = local.machine.clone();
             let peek = Box::new(move |gpa, into: &mut [u8]| machine.slots().read(gpa, into));
             let (follower, recorder) = Lockstep::new(board, peek).ok_or(libc::ENOMEM)?;

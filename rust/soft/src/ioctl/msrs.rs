@@ -27,11 +27,13 @@ pub(crate) mod msr {
     pub const KVM_SYSTEM_TIME: u32 = 0x12;
     pub const KVM_WALL_CLOCK_NEW: u32 = 0x4b56_4d00;
     pub const KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
+    pub const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
 }
 use msr::*;
 
 /// What of the board's a saved vCPU needs besides what the CPU lists; IA32_APIC_BASE is in SREGS.
-const BOARD_STATE: [u32; 5] = [TSC_DEADLINE, KVM_WALL_CLOCK, KVM_SYSTEM_TIME, KVM_WALL_CLOCK_NEW, KVM_SYSTEM_TIME_NEW];
+const BOARD_STATE: [u32; 6] =
+    [TSC_DEADLINE, KVM_WALL_CLOCK, KVM_SYSTEM_TIME, KVM_WALL_CLOCK_NEW, KVM_SYSTEM_TIME_NEW, KVM_STEAL_TIME];
 
 /// What describes the model (KVM_GET_MSR_FEATURE_INDEX_LIST).
 const FEATURES: [u32; 2] = [BIOS_SIGN_ID, ARCH_CAPABILITIES];
