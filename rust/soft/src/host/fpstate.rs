@@ -10,6 +10,8 @@
 //!
 //! The XSAVE header is not kept up to date here: XSTATE_BV is computed when an image is written.
 
+use super::pointer::offset_bits;
+
 /// Bytes of the state; the AVX component ends at 832, the rest is room.
 pub const STATE_BYTES: usize = 1024;
 /// MXCSR bits a guest may set; also the mask FXSAVE reports.
@@ -190,10 +192,11 @@ impl FpState {
         self.u64_at(FIP)
     }
 
-    /// Sets the last instruction's offset; 48 bits are kept, sign-extended, as hardware does.
+    /// Sets the last instruction's offset; as many bits are kept, sign-extended, as the host's own unit keeps
+    /// ([`offset_bits`]): an image goes through it and through here.
     #[inline]
     pub fn set_fip(&mut self, offset: u64) {
-        self.put_u64(FIP, canonical(offset));
+        self.put_u64(FIP, sign_extended(offset, offset_bits()));
     }
 
     /// Offset of the memory operand of the last x87 instruction with an unmasked exception.
@@ -309,9 +312,10 @@ pub fn mxcsr_is_valid(value: u32) -> bool {
     value & !MXCSR_MASK == 0
 }
 
-/// Sign-extends a 48-bit offset.
-fn canonical(offset: u64) -> u64 {
-    ((offset << 16) as i64 >> 16) as u64
+/// Sign-extends the lowest `bits` of an offset.
+fn sign_extended(offset: u64, bits: u32) -> u64 {
+    let above = 64 - bits;
+    ((offset << above) as i64 >> above) as u64
 }
 
 /// The first `N` bytes of a slice that is at least that long.
@@ -380,11 +384,14 @@ mod tests {
     }
 
     #[test]
-    fn set_fip_sign_extends_48_bits() {
+    fn set_fip_sign_extends_what_the_host_keeps() {
+        assert_eq!(sign_extended(0xFFFF_12FF_FFFF_FF01, 48), 0x0000_12FF_FFFF_FF01);
+        assert_eq!(sign_extended(0x1234_92FF_FFFF_FF01, 48), 0xFFFF_92FF_FFFF_FF01);
+        assert_eq!(sign_extended(0x1234_92FF_FFFF_FF01, 57), 0x0034_92FF_FFFF_FF01);
         let mut state = FpState::new();
 
-        state.set_fip(0xFFFF_12FF_FFFF_FF01);
+        state.set_fip(0x1234_92FF_FFFF_FF01);
 
-        assert_eq!(state.fip(), 0x0000_12FF_FFFF_FF01);
+        assert_eq!(state.fip(), sign_extended(0x1234_92FF_FFFF_FF01, offset_bits()));
     }
 }

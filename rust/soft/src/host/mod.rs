@@ -18,6 +18,7 @@ pub mod fpenv;
 pub mod fpstate;
 pub mod fxsave;
 pub mod kvm;
+pub mod pointer;
 pub mod soft_crypto;
 pub mod thunk;
 pub mod vex;
