@@ -188,7 +188,9 @@ impl Cpu {
         }
         let large = pde & PS as u32 != 0 && self.cr4 & cr4::PSE != 0;
         let (at, pte, page_base, offset) = if large {
-            if pde & (1 << 21) != 0 {
+            // PSE-36: bits 20:13 are address bits 39:32, as far as the processor has them; the rest up to 21 is reserved.
+            let used = self.phys_bits.clamp(32, 40) - 32;
+            if pde as u64 & ((1 << 22) - (1u64 << (13 + used))) != 0 {
                 return Err(base | pf::P | pf::RSVD);
             }
             let high = ((pde as u64 >> 13) & 0xff) << 32;
