@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from ostler.cli import disks, doctor, guests, host, images, inside, kernels, moving, plan, run, sched, snapshots, stats
+from ostler.cli import (
+    disks,
+    doctor,
+    guests,
+    host,
+    images,
+    inside,
+    kernels,
+    mem,
+    moving,
+    plan,
+    run,
+    sched,
+    snapshots,
+    stats,
+)
 
 app = typer.Typer(
     name="ostler",
@@ -28,6 +43,7 @@ app.command("console", rich_help_panel=_LOOK)(guests.attach_console)
 app.command("inspect", rich_help_panel=_LOOK)(guests.inspect)
 app.command("stats", rich_help_panel=_LOOK)(stats.command)
 app.command("sched", rich_help_panel=_LOOK)(sched.command)
+app.command("mem", rich_help_panel=_LOOK)(mem.command)
 app.command("balloon", rich_help_panel=_LOOK)(guests.balloon)
 app.add_typer(snapshots.app, name="snapshot", rich_help_panel=_STATE)
 app.command("restore", rich_help_panel=_STATE)(snapshots.restore)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ostler.agent.process import Process
     from ostler.agent.requests import Completed, Terminal
     from ostler.client.async_vm import AsyncVM
+    from ostler.client.memory import MemoryOf
     from ostler.client.running import RunningGuest
     from ostler.config import GuestRequest
 
@@ -270,6 +271,13 @@ class VM:
             yield
         finally:
             self.resume()
+
+    @property
+    def memory(self) -> MemoryOf:
+        """The guest's memory from outside: read, write, translate, watch; see `ostler.client.memory`."""
+        from ostler.client.memory import MemoryOf
+
+        return MemoryOf(self._running().entry)
 
     def set_memory(self, size: str | int) -> None:
         """Ask the guest to keep so much of its memory ("256M", or bytes) and give back the rest; see `stats`."""

@@ -66,7 +66,7 @@ class Holes:
 class CopiedMapping:
     """Owns a descriptor and a private mapping of its file; a context manager. The file must not change any more."""
 
-    __slots__ = ("_map", "address", "file", "holes", "size_bytes")
+    __slots__ = ("_map", "address", "file", "holes", "merged", "size_bytes")
 
     def __init__(self, fd: int, size_bytes: int) -> None:
         """Take over `fd`. Raises OSError, also for a file that is shorter: its missing pages would be SIGBUS."""
@@ -82,6 +82,8 @@ class CopiedMapping:
         # The address stays valid until close(): see SharedMapping.
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.holes = Holes(self.address)
+        self.merged: list[tuple[int, int]] = []
+        """Offset and size of what was replaced by pages of common files, whatever became of it since."""
 
     @property
     def fd(self) -> int:
@@ -100,6 +102,11 @@ class CopiedMapping:
     def discard(self, offset: int, size_bytes: int) -> None:
         """Free the pages of a range; they read as zeroes. Raises OSError."""
         self.holes.punch(offset, size_bytes)
+
+    def merge(self, offset: int, size_bytes: int, fd: int, file_offset: int) -> None:
+        """Replace whole pages by equal ones of a file that never changes. Nobody may be writing. Raises OSError."""
+        map_over(self.address + offset, size_bytes, fd, file_offset)
+        self.merged.append((offset, size_bytes))
 
     def close(self) -> None:
         """Unmap and close. Raises BufferError while views of it are alive."""

@@ -21,7 +21,7 @@ BLOCK_BYTES = 512
 class SharedMapping:
     """Owns one memfd and one read-write mapping of it; a context manager."""
 
-    __slots__ = ("_file", "_map", "address", "holes", "size_bytes")
+    __slots__ = ("_file", "_map", "_merges", "address", "holes", "merged", "size_bytes")
 
     def __init__(self, name: str, size_bytes: int) -> None:
         """Raises OSError when the host refuses (limits, no memory)."""
@@ -29,6 +29,9 @@ class SharedMapping:
         self._file = os.memfd_create(name, os.MFD_CLOEXEC)
         self.holes: Holes | None = None
         """There are some once it is frozen."""
+        self.merged: list[tuple[int, int]] = []
+        """Offset and size of what was replaced by pages of common files, whatever became of it since."""
+        self._merges = False
         try:
             os.ftruncate(self._file, size_bytes)
             flags = mmap.MAP_SHARED | getattr(mmap, "MAP_NORESERVE", 0)
@@ -66,6 +69,24 @@ class SharedMapping:
         map_over(self.address, self.size_bytes, self._file)
         self.holes = Holes(self.address)
 
+    @property
+    def owns_file(self) -> bool:
+        """Whether the memfd's content is nobody else's, and may be punched out."""
+        return self.holes is None or self._merges
+
+    def merge(self, offset: int, size_bytes: int, fd: int, file_offset: int) -> None:
+        """Replace whole pages by equal ones of a file that never changes; a write makes them this mapping's own again.
+
+        The mapping is private from then on, as after `freeze`. Nobody may be writing. Raises OSError.
+        """
+        if self.holes is None:
+            self.freeze()
+            self._merges = True
+        map_over(self.address + offset, size_bytes, fd, file_offset)
+        self.merged.append((offset, size_bytes))
+        if self._merges:
+            punch_hole(self._file, offset, size_bytes)
+
     def view(self) -> memoryview:
         """A writable view of the whole mapping; release it before close()."""
         return memoryview(self._map)
@@ -74,6 +95,10 @@ class SharedMapping:
         """Free the pages of a range in every mapping of the file; they read as zeroes. Raises OSError."""
         if self.holes is None:
             punch_hole(self._file, offset, size_bytes)
+        elif self._merges:
+            # Back to the memfd, which is empty there: no hole to remember, and one mapping with its neighbours.
+            punch_hole(self._file, offset, size_bytes)
+            map_over(self.address + offset, size_bytes, self._file, offset)
         else:
             self.holes.punch(offset, size_bytes)
 

@@ -59,6 +59,10 @@ class GuestMemory:
         self._mapping = _mapping(span, shared=shared, image=image)
         self._view = self._mapping.view()
         self._hooks: list[WriteHook] = []
+        self.writes_are_logged = False
+        """Whose log it is, is one tracker's at a time (`migration.dirty`)."""
+        self.merged_bytes = 0
+        """Replaced by pages of common files so far."""
         # What `_offset` walks for every descriptor of every queue: plain numbers, low memory first.
         self._spans = [(region.start, region.end, region.offset - region.start) for region in self.regions]
 
@@ -128,6 +132,16 @@ class GuestMemory:
                 self.written(first, last - first)
                 done += last - first
         return done
+
+    def merge(self, offset: int, size_bytes: int, fd: int, file_offset: int) -> None:
+        """Replace pages by equal ones of a file that never changes; `offset` is within the mapping.
+
+        The guest stands still, and no device is about to write. Raises OSError, TypeError for memory in huge pages.
+        """
+        if isinstance(self._mapping, PrivateMapping):
+            raise TypeError("memory in huge pages is not merged")
+        self._mapping.merge(offset, size_bytes, fd, file_offset)
+        self.merged_bytes += size_bytes
 
     @property
     def mapping(self) -> SharedMapping | PrivateMapping | CopiedMapping:

@@ -15,6 +15,7 @@ from typing import Self
 
 from ostler.abi.kvm.board import KVM_MEM_LOG_DIRTY_PAGES
 from ostler.accel.api import VM
+from ostler.errors import HostError
 from ostler.memory import GuestMemory
 from ostler.memory.layout import PAGE_SIZE
 
@@ -35,7 +36,10 @@ class DirtyTracker:
         self._logging = False
 
     def start(self) -> None:
-        """From now on writes are seen. Raises AccelError."""
+        """From now on writes are seen. Raises HostError while another tracker has the log, AccelError."""
+        if self._memory.writes_are_logged:
+            raise HostError("guest memory: its writes are being logged already; try again when that is done")
+        self._memory.writes_are_logged = True
         self._memory.on_write(self._written)
         self._logging = True
         self._flag(KVM_MEM_LOG_DIRTY_PAGES)
@@ -45,6 +49,7 @@ class DirtyTracker:
         if self._logging:
             self._logging = False
             self._memory.off_write(self._written)
+            self._memory.writes_are_logged = False
             self._flag(0)
 
     def take(self) -> list[Run]:

@@ -114,7 +114,8 @@ def _write_private(memory: GuestMemory, target: int, ranges: int | None) -> None
     mapping = memory.mapping
     holes = getattr(mapping, "holes", None)
     empty = [*holes.ranges] if holes is not None else []
-    own = [*private_ranges(mapping.address, mapping.size_bytes)]
+    # What is mapped from common files is in no file of the image's: it counts as the guest's own.
+    own = [*getattr(mapping, "merged", ()), *private_ranges(mapping.address, mapping.size_bytes)]
     if ranges is not None:
         os.write(ranges, b"".join(RANGE.pack(*each) for each in (*empty, *own)))
     else:

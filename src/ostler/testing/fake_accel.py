@@ -31,6 +31,7 @@ from ostler.accel.api import (
     Xcrs,
 )
 from ostler.accel.models import model
+from ostler.memory.layout import PAGE_SIZE
 from ostler.testing.fake_script import Action, Halt, In, Out, Script, Stop, Store
 
 
@@ -197,6 +198,10 @@ class FakeVm:
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, host_address: int, flags: int = 0) -> None:  # noqa: ARG002
         self.slots.append((slot, gpa, size))
+
+    def get_dirty_log(self, slot: int) -> bytearray:
+        """No script writes memory."""
+        return bytearray(-(-self.slots[slot][2] // PAGE_SIZE // 64) * 8)
 
     def irq_line(self, gsi: int, level: int) -> None:
         self.lines.append((gsi, level))

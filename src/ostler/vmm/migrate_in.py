@@ -37,6 +37,7 @@ from ostler.snapshot.schema import decode
 from ostler.vmm.announce import announce_cards
 from ostler.vmm.hub import HubConsole
 from ostler.vmm.late_pages import LatePages
+from ostler.vmm.memory_service import MemoryService
 from ostler.vmm.migrate_out import witness_folder
 from ostler.vmm.processors import End
 from ostler.vmm.run import GuestProcess
@@ -176,6 +177,7 @@ class _Arrival:
         stack.callback(incoming.close)
         streams = min(offer.streams, int(self._options["streams"]), POST_COPY_STREAM)
         pages = self._pages = stack.enter_context(LatePages(process.machine.memory)) if _may_come_late(offer) else None
+        stack.enter_context(MemoryService(process, service, may_merge=pages is None))
         self._link.send(
             self._target.welcome(
                 streams=streams, post_copy=pages is not None, boot=witness.boot_id(), witness=str(witnessed.path)

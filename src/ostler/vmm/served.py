@@ -23,6 +23,7 @@ from ostler.control import runtime
 from ostler.control.wire import Message, pack_error
 from ostler.errors import HostError, OstlerError
 from ostler.machine.networks import merged_settings
+from ostler.vmm.memory_service import MemoryService
 from ostler.vmm.prepared import make
 from ostler.vmm.run import GuestProcess, command_line, read_material
 from ostler.vmm.server import ControlServer
@@ -119,6 +120,7 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None, prepared
         stack.callback(service.close)
         process.report = service.report
         stack.enter_context(SnapshotService(process, service, entry, base=origin.base if origin else None))
+        stack.enter_context(MemoryService(process, service))
         if origin is None:
             _boot(process, spec)
         else:
