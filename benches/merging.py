@@ -44,7 +44,7 @@ def measure(count: int, fill_mib: int) -> dict[str, Any]:
         vms = [stack.enter_context(ostler.VM("debian", **options)) for _ in range(count)]
         for vm in vms:
             vm.run(["mount", "-o", "remount,size=450M", "/dev/shm"], check=True)
-        vm.run(["python3", "-c", FILL.format(mib=fill_mib)], check=True)
+            vm.run(["python3", "-c", FILL.format(mib=fill_mib)], check=True)
         entries = [vm._running().entry for vm in vms]
         pids = [guests.request(entry, "status")["pid"] for entry in entries]
         sums = {vm.run(["sha256sum", "/dev/shm/same"], check=True).text for vm in vms}

@@ -158,7 +158,7 @@ def test_second_run_begins_booted_and_is_nobody_elses(monkeypatch: pytest.Monkey
     assert (folder / "manifest.json").exists()
     assert [each[0] for each in (first, second, third)] == ["first\n1\n", "second\n1\n", "third\n1\n"]
     assert len({each[1] for each in (first, second, third)}) == 3
-    # What is damaged is not believed: the guest boots, and leaves another. One made ahead has read what there was before.
+    # What is damaged is not believed: the guest boots, and leaves another. One made ahead has read it before.
     monkeypatch.setenv("OSTLER_POOL", "bare")
     (folder / "state").write_bytes(b"damaged")
     assert boot("fourth")[0] == "fourth\n1\n"

@@ -69,6 +69,8 @@ class Passt:
         self.mtu = self.addresses.mtu
         self.on_down: Callable[[], None] = _nothing
         """Called under the lock when the network is gone for good."""
+        self.when_died: Callable[[], None] = _nothing
+        """Called on the loop's thread each time passt has ended by itself."""
         self._options = options
         self._host = host
         self._report = report
@@ -238,6 +240,10 @@ class Passt:
             os.close(self._saying)
             self._saying = -1
 
+    def kill(self) -> None:
+        """End the program, as if the host had."""
+        self._helper.kill()
+
     def _died(self, helper: Helper) -> None:
         if helper is self._helper:
             self._gone()
@@ -247,6 +253,7 @@ class Passt:
         if self._closed or self._lost:
             return
         self._disconnect()
+        self.when_died()
         report = _NOISE.sub("", self._helper.obituary())
         now = time.monotonic()
         self._restarts = [*(at for at in self._restarts if now - at < RESTART_WINDOW_S), now]

@@ -65,6 +65,8 @@ class VhostUser:
         self._completed: Callable[[int, Completed], None] = _nobody
         self._restarted: Callable[[], None] = _nothing
         self._lost: Callable[[], None] = _nothing
+        self.when_died: Callable[[], None] = _nothing
+        """Called on the loop's thread each time the program has ended by itself."""
         self._running: tuple[GuestMemory, int, Sequence[int]] | None = None
         self._restarts: list[float] = []
         self.config = b""
@@ -218,9 +220,14 @@ class VhostUser:
                 if done := self.rings[index].completed():
                     self._completed(index, done)
 
+    def kill(self) -> None:
+        """End the program, as if the host had."""
+        self._helper.kill()
+
     def _died(self) -> None:
         """The program ended by itself, or was ended: another one takes over, where it can."""
         self._report(self._helper.obituary())
+        self.when_died()
         self._hang_up()
         now = time.monotonic()
         self._restarts = [each for each in self._restarts if now - each < RESTART_WINDOW_S]

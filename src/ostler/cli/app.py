@@ -9,6 +9,7 @@ import typer
 from ostler.cli import (
     disks,
     doctor,
+    faults,
     guests,
     host,
     images,
@@ -44,6 +45,7 @@ app.command("inspect", rich_help_panel=_LOOK)(guests.inspect)
 app.command("stats", rich_help_panel=_LOOK)(stats.command)
 app.command("sched", rich_help_panel=_LOOK)(sched.command)
 app.command("mem", rich_help_panel=_LOOK)(mem.command)
+app.command("inject", rich_help_panel=_LOOK)(faults.command)
 app.command("balloon", rich_help_panel=_LOOK)(guests.balloon)
 app.add_typer(snapshots.app, name="snapshot", rich_help_panel=_STATE)
 app.command("restore", rich_help_panel=_STATE)(snapshots.restore)

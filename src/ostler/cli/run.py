@@ -165,6 +165,12 @@ def command(  # noqa: PLR0913 - one parameter per option
             metavar="TEXT", help="Kernel command line; without a kernel of yours, added to it.", rich_help_panel=_KERNEL
         ),
     ] = None,
+    on: Annotated[
+        Repeated,
+        typer.Option(
+            "--on", metavar="FAULT=POLICY", help="panic=reset, hang=pause, …; repeatable.", rich_help_panel=_MACHINE
+        ),
+    ] = None,
     cold: Annotated[  # noqa: FBT002
         bool, typer.Option("--cold", help="Boot, though a booted guest is cached.", rich_help_panel=_IMAGE)
     ] = False,
@@ -185,6 +191,7 @@ def command(  # noqa: PLR0913 - one parameter per option
     """Run a guest: a command in an image, or a kernel with its console on standard input and output."""
     from ostler.cli import logs
     from ostler.cli.engine import choose
+    from ostler.cli.faults import policies
     from ostler.config import parse_request
     from ostler.config.request import read_request
 
@@ -197,7 +204,7 @@ def command(  # noqa: PLR0913 - one parameter per option
         "ports": publish, "volumes": volume, "env": env, "workdir": workdir, "user": user, "persist": persist,
         "seed": seed, "cold": cold or None,
         "cpu_weight": cpu_weight, "cpu_cap": cpu_cap, "cpu_reserve": cpu_reserve, "cpu_pin": pin,
-        "dns": dns, "ssh_keys": ssh_key, "test_devices": test_devices or None,
+        **policies(on), "dns": dns, "ssh_keys": ssh_key, "test_devices": test_devices or None,
     }  # fmt: skip
     request = read_request(file, **given) if file else parse_request(**given)
     if is_kernel_alone(request, detach=detach):

@@ -67,6 +67,13 @@ class PlainGuest:
     cpu_cap: None = None
     cpu_reserve: float = 0.0
     cpu_pin: None = None
+    on_panic: str = "poweroff"
+    on_triple_fault: str = "poweroff"
+    on_hang: str = "poweroff"
+    on_disk_error: str = "report"
+    on_no_space: str = "pause"
+    on_backend_lost: str = "report"
+    on_memory_error: str = "poweroff"
     test_devices: bool = False
 
     @property

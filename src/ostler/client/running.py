@@ -79,6 +79,13 @@ class RunningGuest:
         """Hand the settings over: hostname, network, name servers, keys, mounts."""
         self._say({**self._network(), **self.plan.settings})
 
+    def reconnect(self) -> None:
+        """The guest was reset: wait for its new agent and hand the settings over again."""
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+        RunningGuest.configure(self)
+
     def _say(self, settings: dict[str, Any]) -> None:
         try:
             self.agent.configure(**settings)

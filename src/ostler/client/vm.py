@@ -279,6 +279,22 @@ class VM:
 
         return MemoryOf(self._running().entry)
 
+    def inject(self, fault: str, **options: Any) -> dict[str, Any]:
+        """Make something go wrong: docs/faults.md lists faults and their options.
+
+        vm.inject("disk-error", device="disk0", count=3); vm.inject("hang", seconds=30); vm.inject("panic")
+        """
+        return guests.request(self._running().entry, "inject", fault=fault, **options)
+
+    def on_fault(self, **policies: str) -> dict[str, str]:
+        """Change what is to happen from now on, and return what holds: `vm.on_fault(panic="pause")`."""
+        wanted: dict[str, Any] = {name.replace("_", "-"): policy for name, policy in policies.items()}
+        return guests.request(self._running().entry, "fault-policy", **wanted)
+
+    def reconnect(self) -> None:
+        """Wait for the agent of a guest that was reset (the event `reset`), and hand it its settings again."""
+        self._running().reconnect()
+
     def set_memory(self, size: str | int) -> None:
         """Ask the guest to keep so much of its memory ("256M", or bytes) and give back the rest; see `stats`."""
         guests.request(

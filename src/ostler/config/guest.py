@@ -24,6 +24,17 @@ from pydantic import (
 
 from ostler.config.complaints import bad_request
 from ostler.config.devices import DiskSpec, NetSpec, PortSpec, ShareSpec
+from ostler.config.faults import (
+    Fault,
+    OnBackendLost,
+    OnDiskError,
+    OnHang,
+    OnMemoryError,
+    OnNoSpace,
+    OnPanic,
+    OnTripleFault,
+    default,
+)
 from ostler.config.schedule import DEFAULT_WEIGHT, Cap, HostCpus, Reserve, Schedule, Weight, check_reserve, check_shares
 from ostler.config.sizes import MIB, format_size, parse_size
 from ostler.config.text import one_line
@@ -127,6 +138,13 @@ class GuestSpec(BaseModel):
     """Percent of one host CPU, as `cpu_reserve`."""
     cpu_reserve: Reserve = 0.0
     cpu_pin: HostCpus = None
+    on_panic: OnPanic = default(Fault.PANIC)
+    on_triple_fault: OnTripleFault = default(Fault.TRIPLE_FAULT)
+    on_hang: OnHang = default(Fault.HANG)
+    on_disk_error: OnDiskError = default(Fault.DISK_ERROR)
+    on_no_space: OnNoSpace = default(Fault.NO_SPACE)
+    on_backend_lost: OnBackendLost = default(Fault.BACKEND_LOST)
+    on_memory_error: OnMemoryError = default(Fault.MEMORY_ERROR)
     test_devices: bool = Field(default=False)
     """The ports and memory that kvm-unit-tests look for."""
 

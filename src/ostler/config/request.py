@@ -15,6 +15,17 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ostler.config.complaints import bad_request
 from ostler.config.devices import Address, DiskSpec, NetSpec, PortSpec, ShareSpec, absolute
+from ostler.config.faults import (
+    Fault,
+    OnBackendLost,
+    OnDiskError,
+    OnHang,
+    OnMemoryError,
+    OnNoSpace,
+    OnPanic,
+    OnTripleFault,
+    default,
+)
 from ostler.config.guest import DEFAULT_MEMORY_BYTES, Accelerator, CpuModel, Cpus, Memory, TextLine
 from ostler.config.schedule import DEFAULT_WEIGHT, Cap, HostCpusHere, Reserve, Weight, check_reserve, check_shares
 from ostler.errors import BadRequest
@@ -124,6 +135,13 @@ class GuestRequest(BaseModel):
     cpu_cap: Cap = Field(None, description="Percent of one host CPU it may use at most.")
     cpu_reserve: Reserve = Field(0.0, description="Percent of one host CPU it is to have whatever others want.")
     cpu_pin: HostCpusHere = Field(None, description="Host CPUs it runs on.")
+    on_panic: OnPanic = Field(default(Fault.PANIC), description="Its kernel panicked: poweroff, reset, pause, ignore.")
+    on_triple_fault: OnTripleFault = Field(default(Fault.TRIPLE_FAULT), description="poweroff, reset, pause.")
+    on_hang: OnHang = Field(default(Fault.HANG), description="Its watchdog expired: poweroff, reset, pause, ignore.")
+    on_disk_error: OnDiskError = Field(default(Fault.DISK_ERROR), description="report, pause, poweroff.")
+    on_no_space: OnNoSpace = Field(default(Fault.NO_SPACE), description="Of a disk's file: pause, report, poweroff.")
+    on_backend_lost: OnBackendLost = Field(default(Fault.BACKEND_LOST), description="report, pause, poweroff.")
+    on_memory_error: OnMemoryError = Field(default(Fault.MEMORY_ERROR), description="poweroff, reset, pause, ignore.")
     test_devices: bool = False
 
     @model_validator(mode="after")

@@ -58,6 +58,7 @@ class PowerEvent(Enum):
     PANIC = "panic"
     CRASH_LOADED = "crash kernel loaded"
     DEBUG_EXIT = "debug exit"
+    HANG = "watchdog expired"
 
 
 class PowerSink(Protocol):

@@ -177,6 +177,10 @@ class Helper:
             os.close(fd)
         self._pidfd = self._errors = -1
 
+    def kill(self) -> None:
+        """End it at once; `watch` tells of it as of any other death."""
+        self._signal(signal.SIGKILL)
+
     def _signal(self, number: signal.Signals) -> None:
         """To its whole session: some helpers fork. A process that has been reaped gets nothing."""
         if self._process.poll() is None:

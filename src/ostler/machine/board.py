@@ -4,7 +4,8 @@ Port map, besides what the accelerator keeps to itself (PIC, PIT, their control 
 
     0x60..0x64 keyboard reset    0x70..0x71 RTC      0x80, 0xED scratch   0x92 reset
     0xE9 debug console           0xF4 debug exit     0x3F8 COM1           0x505 pvpanic
-    0x510..0x511 fw_cfg          0x600..0x60B ACPI   0xCF8..0xCFF PCI configuration, 0xCF9 reset in it
+    0x510..0x511 fw_cfg          0x600..0x60B ACPI   0x620..0x633 watchdog
+    0xCF8..0xCFF PCI configuration, 0xCF9 reset in it
 
 One lock serialises all devices. They hold it for microseconds and under the interpreter's own
 lock anyway, and devices that meet (timer and register access, console and UART) cannot deadlock.
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from ostler.boot.acpi import AcpiGeneration, AcpiPci, AcpiPlatform
+from ostler.boot.acpi import AcpiGeneration, AcpiPci, AcpiPlatform, AcpiWatchdog
 from ostler.bus import MmioBus, PortBus
-from ostler.devices.acpi import pm
+from ostler.devices.acpi import pm, watchdog
 from ostler.devices.legacy import debug, fw_cfg
 from ostler.devices.legacy.reset import (
     RESET_PORT,
@@ -40,7 +41,7 @@ from ostler.devices.state import Saved
 from ostler.devices.testing import pc_testdev as testdev
 from ostler.devices.virtio.device import VirtioDevice
 from ostler.devices.virtio.pci import Doorbell, PciWiring, VirtioPci
-from ostler.devices.wiring import Clock, IrqLine, PowerSink, Timer
+from ostler.devices.wiring import Clock, IrqLine, PowerEvent, PowerSink, Timer
 from ostler.errors import BadRequest, StateError
 from ostler.memory import GuestMemory, layout
 from ostler.memory.layout import IOAPIC_BASE, LAPIC_BASE, LOW_RAM_LIMIT, TEST_MEMORY_BASE
@@ -54,6 +55,8 @@ IOAPIC_ID = 0
 # IOAPIC inputs that a PC's own devices leave alone.
 PCI_GSIS = (16, 17, 18, 19)
 GENERATION_GSI = 20
+# Devices that guests saved by earlier versions have not got; they begin as after power-on.
+LATER = frozenset({"watchdog"})
 # The BIOS memory map is older than 4 GiB of memory; CMOS keeps only what fits its fields.
 CMOS_KIB_LIMIT = 0xFFFF
 
@@ -115,7 +118,13 @@ class Board:
         self.serial = Serial(irq=self._line(COM1_IRQ), sink=wiring.console_sink, on_room=wiring.console_room)
         self.rtc = self._make_rtc(wiring, cpus=cpus, memory_bytes=memory_bytes)
         self.pm = self._make_pm(wiring)
-        self._stateful: dict[str, StatefulDevice] = {"COM1": self.serial, "RTC": self.rtc, "ACPI": self.pm}
+        self.watchdog = self._make_watchdog(wiring)
+        self._stateful: dict[str, StatefulDevice] = {
+            "COM1": self.serial,
+            "RTC": self.rtc,
+            "ACPI": self.pm,
+            "watchdog": self.watchdog,
+        }
         self._chipset_pci()
         self._claim_legacy(wiring, cpus=cpus, memory_bytes=memory_bytes)
         if test_devices:
@@ -154,6 +163,16 @@ class Board:
                 pin_gsis=PCI_GSIS,
             ),
             generation=AcpiGeneration(layout.GENERATION_ID, GENERATION_GSI),
+            watchdog=AcpiWatchdog(
+                count_port=watchdog.WATCHDOG_PORT + watchdog.COUNT,
+                left_port=watchdog.WATCHDOG_PORT + watchdog.LEFT,
+                control_port=watchdog.WATCHDOG_PORT + watchdog.CONTROL,
+                reload_port=watchdog.WATCHDOG_PORT + watchdog.RELOAD,
+                status_port=watchdog.WATCHDOG_PORT + watchdog.STATUS,
+                period_ms=watchdog.PERIOD_MS,
+                min_count=watchdog.MIN_COUNT,
+                max_count=watchdog.MAX_COUNT,
+            ),
         )
 
     def plug(self, name: str, device: VirtioDevice, memory: GuestMemory) -> VirtioPci:
@@ -179,11 +198,12 @@ class Board:
 
     def restore(self, data: Mapping[str, Mapping[str, object]]) -> None:
         """Raises StateError; the board is of no use then. Under the lock."""
-        if set(data) != set(self._stateful):
+        if set(data) | LATER != set(self._stateful) | LATER:
             odd = sorted(set(data) ^ set(self._stateful))
             raise StateError(f"saved board has missing or unknown devices {odd[:8]}")
         for name, device in self._stateful.items():
-            device.restore(data[name])
+            if name in data:
+                device.restore(data[name])
 
     def restart(self, data: Mapping[str, Mapping[str, object]]) -> None:
         """Set what goes by the clock back to what `restore` set it to; the guest has not run since. As `restore`."""
@@ -204,6 +224,12 @@ class Board:
         timer = wiring.new_timer()
         line = self._line(pm.SCI_GSI)
         device = pm.PowerManagement(clock=wiring.clock, timer=timer, irq=line, power=wiring.power)
+        timer.call(device.expired)
+        return device
+
+    def _make_watchdog(self, wiring: Wiring) -> watchdog.Watchdog:
+        timer = wiring.new_timer()
+        device = watchdog.Watchdog(clock=wiring.clock, timer=timer, fired=lambda: wiring.power(PowerEvent.HANG))
         timer.call(device.expired)
         return device
 
@@ -236,6 +262,7 @@ class Board:
         ports.claim("COM1", COM1_PORT, SERIAL_PORTS, self.serial)
         ports.claim("pvpanic", debug.PVPANIC_PORT, 1, debug.PvPanic(power))
         ports.claim("ACPI", pm.PM_BASE, pm.PM_SIZE, self.pm, max_width=4)
+        ports.claim("watchdog", watchdog.WATCHDOG_PORT, watchdog.WATCHDOG_SIZE, self.watchdog, max_width=4)
 
     def _claim_test_devices(self) -> None:
         echo = testdev.EchoPort()

@@ -41,6 +41,7 @@ class EndKind(Enum):
     QUIT = "ended from outside"
     PANIC = "panic"
     TRIPLE_FAULT = "triple fault"
+    HANG = "hang"
     STUCK = "cannot go on"
     BUG = "internal error"
 
@@ -63,19 +64,33 @@ class Outcome:
         self._lock = threading.Lock()
         self._on_end: list[Callable[[], None]] = []
         self.end: End | None = None
+        self.intercept: Callable[[End], bool] = _nobody
+        """Asked first, in the announcing thread: true where it is not the end yet, and somebody else's to decide."""
 
     def when_ended(self, callback: Callable[[], None]) -> None:
         """Call back, in the announcing thread, at the end; before processors start."""
         self._on_end.append(callback)
 
-    def announce(self, end: End) -> None:
-        """Take it if it is the first."""
+    def announce(self, end: End) -> bool:
+        """Take it if it is the first; false where somebody else decides what becomes of it."""
+        if self.end is None and self.intercept(end):
+            return False
+        self.decide(end)
+        return True
+
+    def decide(self, end: End) -> None:
+        """This is the end, unless there was one before."""
         with self._lock:
             if self.end is not None:
                 return
             self.end = end
         for callback in self._on_end:
             callback()
+
+
+def _nobody(end: End) -> bool:  # noqa: ARG001
+    """Every end is one."""
+    return False
 
 
 class Processor:
@@ -292,8 +307,12 @@ class Processor:
             end = End(EndKind.STUCK, vcpu=vcpu.id, text=f"guest state refused, reason {vcpu.exit.fail_entry.reason:#x}")
         else:
             end = End(EndKind.STUCK, vcpu=vcpu.id, text=f"unexpected exit {reason.name}")
-        self._outcome.announce(end)
-        self._stopping = True
+        if self._outcome.announce(end):
+            self._stopping = True
+            return
+        # It cannot go on, and others decide whether it is to begin anew: until then it is one that is held.
+        self._change(held=True)
+        self._stay_out()
 
     def _system_event(self, kind: int) -> End:
         kinds = {

@@ -29,6 +29,7 @@ from ostler.boot.kernel import Kernel
 from ostler.boot.kernel import Protocol as BootProtocol
 from ostler.boot.load import read_file, read_kernel
 from ostler.boot.unpacked import UnpackedKernels
+from ostler.config.faults import FIELDS
 from ostler.devices.wiring import PowerEvent
 from ostler.errors import AccelError, HostError, OstlerError, StateError
 from ostler.host.folders import cache_root
@@ -58,6 +59,7 @@ POWER_ENDS = {
     PowerEvent.RESET: EndKind.RESET,
     PowerEvent.PANIC: EndKind.PANIC,
     PowerEvent.DEBUG_EXIT: EndKind.DEBUG_EXIT,
+    PowerEvent.HANG: EndKind.HANG,
 }
 
 
@@ -157,6 +159,10 @@ class GuestProcess:
         self.lock = threading.Lock()
         self._accel = opened
         self._outcome = Outcome()
+        self._outcome.intercept = self._intercept
+        self.on_fault: Callable[[End], bool] = _is_the_end
+        """Asked before a fault ends the guest, in any thread; true where it does not (`ostler.vmm.faults`)."""
+        self.when_resumed: Callable[[], None] = _nothing
         self.is_paused = False
         with contextlib.ExitStack() as undo:
             self.loop = undo.enter_context(EventLoop())
@@ -165,7 +171,7 @@ class GuestProcess:
                 lock=self.lock,
                 clock=HostClock(),
                 new_timer=lambda: self.loop.new_timer(lock=self.lock),
-                power=self._power,
+                power=self.power,
                 console_sink=self.console.put,
                 console_room=self.console.on_room,
                 add_reader=self.loop.add_reader,
@@ -190,6 +196,7 @@ class GuestProcess:
             self.shares = ProcessorShares(
                 self.processors, spec.schedule, name=folder.name if folder else "kernel", report=self._report
             )
+            self._power_on = self._state_at_power_on(spec)
             self._resources = undo.pop_all()
         for processor in self.processors:
             self._outcome.when_ended(processor.ask_to_stop)
@@ -250,6 +257,50 @@ class GuestProcess:
             with contextlib.suppress(OstlerError):
                 processor.vcpu.kvmclock_ctrl()
             processor.go_on()
+        self.when_resumed()
+
+    @property
+    def can_reset(self) -> bool:
+        """Whether the guest was started with a policy that resets it."""
+        return self._power_on is not None
+
+    def reset(self) -> None:
+        """Begin anew, as after power-on: processors, devices, memory, kernel. Disks keep what they hold.
+
+        Loop thread only. The guest runs when this returns. Raises HostError for one that was not started for it.
+        """
+        from ostler.machine import saved
+
+        if self._power_on is None:
+            raise HostError("the guest cannot be reset: expected one that was started with a policy that does")
+        self.pause()
+        machine = self.machine
+        with self.lock:
+            for transport in machine.transports:
+                transport.core.reset()
+        for region in machine.memory.regions:
+            machine.memory.discard(region.start, region.size_bytes)
+        saved.restore(self._power_on, machine, self._accel)
+        self.console.tail.clear()
+        kernel, initrd = read_material(machine.spec)
+        machine.load(kernel, initrd=initrd, cmdline=command_line(machine.spec.append, kernel))
+        self.resume()
+
+    def _intercept(self, end: End) -> bool:
+        # Looked up at the time: the policies come after the processors.
+        return self.on_fault(end)
+
+    def end(self, end: End) -> None:
+        """This is the guest's end, whatever policies say; from any thread."""
+        self._outcome.decide(end)
+
+    def _state_at_power_on(self, spec: GuestSpec) -> SavedMachine | None:
+        """What `reset` goes back to, kept where a policy may want it."""
+        if not any(getattr(spec, field) == "reset" for field in FIELDS):
+            return None
+        from ostler.machine import saved
+
+        return saved.save(self.machine, self._accel)
 
     def schedule(self, schedule: Schedule) -> None:
         """Give the guest another share of the host's processors; it keeps that wherever it goes. Raises BadRequest."""
@@ -328,13 +379,18 @@ class GuestProcess:
         # Looked up at the time: whoever listens comes after the devices.
         self.report(device, text)
 
-    def _power(self, event: PowerEvent, code: int = 0) -> None:
+    def power(self, event: PowerEvent, code: int = 0) -> None:
         """A device ends the run; called in the thread of the processor that did it."""
         if event not in POWER_ENDS:
             # A crash kernel is about to take over: the guest goes on.
             return
+        if event is PowerEvent.HANG and self.is_paused:
+            # It could not feed its watchdog: it was not let.
+            self.machine.board.watchdog.feed()
+            return
         vcpu = next((each.vcpu.id for each in self.processors if each.is_current), None)
-        self._outcome.announce(End(POWER_ENDS[event], code=code, vcpu=vcpu))
+        text = "the guest did not feed its watchdog" if event is PowerEvent.HANG else ""
+        self._outcome.announce(End(POWER_ENDS[event], code=code, vcpu=vcpu, text=text))
 
     def __enter__(self) -> Self:
         return self
@@ -345,6 +401,15 @@ class GuestProcess:
         # A processor that would not stop still uses the memory: leaving it mapped is the lesser evil.
         if not any(processor.is_alive for processor in self.processors):
             self._resources.close()
+
+
+def _is_the_end(end: End) -> bool:  # noqa: ARG001
+    """Without policies every fault is."""
+    return False
+
+
+def _nothing() -> None:
+    """Nobody waits for the guest to go on."""
 
 
 def _networks(spec: GuestSpec, stack: contextlib.ExitStack, around: Surroundings) -> list[Network]:

@@ -33,9 +33,10 @@ class Served:
     """Serves from construction to the end of its block."""
 
     def __init__(
-        self, folder: Path, script: Callable[[], Script], *, extra: Extra | None = None, **options: object
+        self, folder: Path, script: Callable[[], Script], *, extra: Extra | None = None, paused: bool = False,
+        **options: object,
     ) -> None:  # fmt: skip
-        """`extra` adds operations; `options` are the specification's."""
+        """`extra` adds operations; `paused` waits for `resume`; `options` are the specification's."""
         kernel = folder / "kernel"
         kernel.write_bytes(kernels.elf64(b"\xf4", note=kernels.xen_note(0x10_0000)))
         self.path = folder / "control.sock"
@@ -46,7 +47,7 @@ class Served:
         self.service: GuestService
         self._ready = threading.Event()
         self._spec = parse_guest(kernel=kernel, **{"memory": "16M", **options})
-        self._script, self._extra = script, extra
+        self._script, self._extra, self._paused = script, extra, paused
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         assert self._ready.wait(30)
@@ -83,6 +84,6 @@ class Served:
             if self._extra is not None:
                 stack.enter_context(self._extra(process, service))
             process.loop.call_soon(self._ready.set)
-            end = process.run()
+            end = process.run(paused=self._paused)
             self.end = describe(end, killed=service.killed)
             service.ended(self.end)

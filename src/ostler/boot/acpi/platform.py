@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ostler.boot.acpi.wdat import AcpiWatchdog
+
 
 @dataclass(frozen=True, slots=True)
 class AcpiPci:
@@ -55,3 +57,4 @@ class AcpiPlatform:
     pvpanic_port: int | None
     pci: AcpiPci | None = None
     generation: AcpiGeneration | None = None
+    watchdog: AcpiWatchdog | None = None

@@ -1,4 +1,4 @@
-"""The fixed ACPI tables: RSDP, RSDT, XSDT, FADT, FACS, MADT, MCFG; ACPI 6.5 section 5.2.
+"""The fixed ACPI tables: RSDP, RSDT, XSDT, FADT, FACS, MADT, MCFG, WDAT; ACPI 6.5 section 5.2.
 
 The board is not hardware-reduced: it has the PM1 registers and the PM timer, because soft-off,
 reset and timer calibration of unmodified kernels rest on them. There is no SMI port, which tells
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ostler.boot.acpi.dsdt import dsdt_body
 from ostler.boot.acpi.platform import AcpiPci, AcpiPlatform
+from ostler.boot.acpi.wdat import wdat_body
 from ostler.memory import Gpa, GuestMemory
 from ostler.memory.layout import ACPI_START, GENERATION_ID
 
@@ -53,6 +54,8 @@ def build_tables(platform: AcpiPlatform, *, base: Gpa = ACPI_START) -> AcpiTable
     listed = [fadt, madt]
     if platform.pci is not None:
         listed.append(image.place(_mcfg(platform.pci)))
+    if platform.watchdog is not None:
+        listed.append(image.place(_table(b"WDAT", 1, wdat_body(platform.watchdog))))
     rsdt = image.place(_table(b"RSDT", 1, struct.pack(f"<{len(listed)}I", *listed)))
     xsdt = image.place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     image.replace(rsdp, _rsdp(rsdt=rsdt, xsdt=xsdt))

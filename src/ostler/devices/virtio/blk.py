@@ -25,6 +25,7 @@ from ostler.devices.virtio.blk_backend import AtOnce, Disk, Worker
 from ostler.devices.virtio.chain import Chain, QueueError
 from ostler.devices.virtio.device import VirtioDevice, read_field
 from ostler.devices.virtio.queue import Virtqueue
+from ostler.errors import HostError
 
 QUEUE_SIZE = 512
 # Header and status go into every chain; the rest may be data.
@@ -34,6 +35,10 @@ BLOCK_BYTES, PHYSICAL_EXPONENT, OPTIMAL_BLOCKS = 512, 3, 256
 MAX_RANGE_SECTORS, MAX_RANGES = (1 << 22) - 1, 256
 DISCARD_ALIGN_SECTORS = 8
 OK, IOERR, UNSUPP = (bytes([status]) for status in (0, 1, 2))
+
+
+# What tests of faults call requests.
+KINDS = {abi.VIRTIO_BLK_T_IN: "read", abi.VIRTIO_BLK_T_OUT: "write", abi.VIRTIO_BLK_T_FLUSH: "flush"}
 
 
 @dataclass(slots=True)
@@ -58,6 +63,11 @@ class Block(VirtioDevice):
         self.disk = disk
         self.queue_sizes = (QUEUE_SIZE,) * queue_count
         self.features = _features(read_only=disk.read_only)
+        self.judge: Callable[[OSError], bool] = _is_reported
+        """Asked of each request the disk could not do: true keeps it until `retry`, unanswered."""
+        self.inject: Callable[[str], None] = _nothing
+        """Told of each request (`read`, `write`, `flush`) before it is done; raises OSError to have it fail."""
+        self._kept: list[tuple[Virtqueue, Chain]] = []
         self.io_errors = 0
         """Requests the disk refused."""
         self._reads = self._read_bytes = self._writes = self._written_bytes = 0
@@ -98,6 +108,7 @@ class Block(VirtioDevice):
         # What was begun is finished and answered: afterwards nothing may touch the guest's memory or the disk.
         self._worker.wait()
         self._queues = ()
+        self._kept = []
         self._negotiated = 0
         self._state = BlkState()
 
@@ -123,8 +134,24 @@ class Block(VirtioDevice):
             "errors": self.io_errors,
         }
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether requests are kept that could not be done."""
+        return bool(self._kept)
+
+    def retry(self) -> None:
+        """Do the requests again that were kept; they may fail again."""
+        kept, self._kept = self._kept, []
+        for queue, chain in kept:
+            if queue.enabled:
+                self._serve(queue, chain)
+                queue.flush()
+
     def drain(self) -> None:
+        """Raises HostError while requests are kept: a guest that is saved now would never get an answer."""
         self._worker.wait()
+        if self._kept:
+            raise HostError("a disk has requests that could not be done yet: see the guest's events")
 
     def save(self) -> Saved:
         return save(self._state)
@@ -156,10 +183,14 @@ class Block(VirtioDevice):
         try:
             if operation is None:
                 raise Unsupported
+            self.inject(KINDS.get(kind, "flush"))
             rest = operation(chain, data, sector)
         except Unsupported:
             status[:] = UNSUPP
-        except OSError:
+        except OSError as error:
+            if self.judge(error):
+                self._kept.append((queue, chain))
+                return
             self.io_errors += 1
             status[:] = IOERR
         else:
@@ -172,6 +203,9 @@ class Block(VirtioDevice):
 
     def _finish(self, queue: Virtqueue, chain: Chain, error: OSError | None) -> None:
         """The worker is done with a request."""
+        if error is not None and queue.enabled and self.judge(error):
+            self._kept.append((queue, chain))
+            return
         self.io_errors += error is not None
         if queue.enabled:
             _split_status(chain)[1][:] = OK if error is None else IOERR
@@ -250,6 +284,15 @@ class Block(VirtioDevice):
         if size_bytes % abi.SECTOR_BYTES or offset + size_bytes > self.disk.size_bytes:
             raise OSError(f"{size_bytes} bytes at sector {sector}: not inside the disk")
         return offset
+
+
+def _is_reported(error: OSError) -> bool:  # noqa: ARG001
+    """The guest gets to know of every error."""
+    return False
+
+
+def _nothing(kind: str) -> None:
+    """Nothing fails on purpose."""
 
 
 def _features(*, read_only: bool) -> int:

@@ -65,6 +65,11 @@ class ExternalDevice(VirtioDevice):
         self._stopping = False
         server.attach(self._completed, self._restarted, self._lost)
 
+    @property
+    def server(self) -> Server:
+        """Who serves it."""
+        return self._server
+
     def activate(self, queues: Sequence[Virtqueue], features: int) -> None:
         self._queues, self._negotiated = queues, features & self.features
         self._start()

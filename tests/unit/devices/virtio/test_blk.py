@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ostler.abi.virtio import blk as abi
 from ostler.devices.virtio.blk import MAX_RANGE_SECTORS, MAX_RANGES, Block
-from ostler.errors import StateError
+from ostler.errors import HostError, StateError
 from ostler.testing.virtio import FakeDriver
 
 SECTORS = 64
@@ -119,6 +119,47 @@ def test_disk_error_is_an_io_error_and_the_device_goes_on(driver: FakeDriver, di
     assert driver.request(0, [request(abi.VIRTIO_BLK_T_FLUSH)], [1]) == OK
     assert isinstance(driver.device, Block)
     assert (disk.flushes, driver.device.io_errors) == (1, 2)
+
+
+def test_request_that_is_kept_is_answered_once_it_can_be_done(driver: FakeDriver, disk: MemoryDisk) -> None:
+    device = driver.device
+    assert isinstance(device, Block)
+    judged: list[str] = []
+
+    def judge(error: OSError) -> bool:
+        judged.append(str(error))
+        return True
+
+    device.judge = judge
+    disk.fails = True
+    sent = driver.queues[0].add([request(abi.VIRTIO_BLK_T_OUT, 3), b"a" * 512], [1])
+    driver.kick(0)
+    assert (len(judged), device.is_waiting, device.io_errors) == (1, True, 0)
+    with pytest.raises(HostError, match="could not be done yet"):
+        device.drain()
+    device.retry()
+    assert (len(judged), device.is_waiting) == (2, True)
+    disk.fails = False
+    device.retry()
+    assert not device.is_waiting
+    assert bytes(disk.data[1536:2048]) == b"a" * 512
+    assert driver.queues[0].collect() == [sent]
+
+
+def test_injected_error_is_the_disks_own(driver: FakeDriver, disk: MemoryDisk) -> None:
+    device = driver.device
+    assert isinstance(device, Block)
+    kinds: list[str] = []
+
+    def inject(kind: str) -> None:
+        kinds.append(kind)
+        if kind == "flush":
+            raise OSError(5, "injected")
+
+    device.inject = inject
+    assert driver.request(0, [request(abi.VIRTIO_BLK_T_FLUSH)], [1]) == IOERR
+    assert driver.request(0, [request(abi.VIRTIO_BLK_T_IN)], [512, 1])[-1:] == OK
+    assert (kinds, disk.flushes) == (["flush", "read"], 0)
 
 
 def test_get_id_is_padded_with_zeroes(driver: FakeDriver) -> None:
