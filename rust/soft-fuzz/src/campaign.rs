@@ -172,9 +172,11 @@ impl<'a> Campaign<'a> {
             match self.comparer.compare(&case, &self.fills[case.fill as usize]) {
                 Verdict::Same => self.count(&codes, &case),
                 Verdict::Skipped => self.totals.skipped += 1,
-                Verdict::Different(_) => {
+                verdict @ Verdict::Different(_) => {
+                    let first = format!("at first {verdict:?}\n{}", self.comparer.differences());
                     let subject = shrink::Subject { bits, sequence, state: case.state, fill: case.fill };
-                    return Some(self.reduce(subject));
+                    let mismatch = self.reduce(subject);
+                    return Some(Mismatch { report: mismatch.report + &first, ..mismatch });
                 }
             }
         }
