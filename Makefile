@@ -36,7 +36,7 @@ test-web: setup
 
 test-python: setup
 	@{ command -v chromium || command -v google-chrome; } >/dev/null || tools/apt-install chromium || true
-	@$(PY) -m pytest
+	@env --default-signal=INT,QUIT $(PY) -m pytest
 
 lint: setup ## ruff, mypy, import-linter, rustfmt, clippy
 	@.venv/bin/ruff check .

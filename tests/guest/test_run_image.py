@@ -123,7 +123,7 @@ def test_inspect_stats_and_ps_say_what_runs(vm: ostler.VM, cli: Cli) -> None:
     known = json.loads(cli("inspect", vm.name).stdout)
     assert (known["image"], known["state"], known["spec"]["memory"]) == ("debian", "running", 384 << 20)
     stats = json.loads(cli("stats", "--json", vm.name).stdout)[vm.name]
-    assert stats["vcpus"][0]["cpu_time_ns"] > 10**9
+    assert stats["vcpus"][0]["cpu_time_ns"] > 10**8
     assert 0 < stats["memory"]["touched_bytes"] <= 384 << 20
     assert vm.name.encode() in cli("ps", "-q").stdout.split()
 
@@ -159,10 +159,10 @@ def test_popen_talks_to_a_command(vm: ostler.VM) -> None:
 
 def test_paused_guest_uses_no_processor_and_goes_on(vm: ostler.VM) -> None:
     with vm.paused():
-        before = vm.stats()["vcpus"]
+        before = [vcpu["run_ns"] for vcpu in vm.stats()["vcpus"]]
         assert guests.summary(runtime.find(vm.name)).state == "paused"
         time.sleep(0.3)
-        assert vm.stats()["vcpus"] == before
+        assert [vcpu["run_ns"] for vcpu in vm.stats()["vcpus"]] == before
         with pytest.raises(GuestPaused):
             vm.run(["true"])
     assert vm.run(["echo", "on"]).text == "on\n"

@@ -44,8 +44,15 @@ def parent(_own_data: None) -> Iterator[ostler.VM]:
 
 
 def counts(vm: ostler.VM) -> tuple[int, int]:
-    memory, disk = (int(vm.read(path) or b"-1") for path in ("/dev/shm/count", "/root/count"))
-    return memory, disk
+    return whole_number(vm, "/dev/shm/count"), whole_number(vm, "/root/count")
+
+
+def whole_number(vm: ostler.VM, path: str) -> int:
+    """What is in a file that the shell empties before it writes to it: for a moment there is nothing."""
+    for _ in range(100):
+        if text := vm.read(path):
+            return int(text)
+    raise AssertionError(f"{path} stays empty")
 
 
 def uptime_s(vm: ostler.VM) -> float:
