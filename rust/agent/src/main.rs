@@ -6,6 +6,7 @@
 
 mod boot;
 mod button;
+mod call;
 mod cmdline;
 mod configure;
 mod conn;
@@ -38,6 +39,7 @@ use crate::server::{Place, Server};
 use crate::session::Context;
 
 const USAGE: &str = "usage: ostler-agent --listen unix:PATH|vsock[:PORT]|console[:NAME] ...
+       ostler-agent call log|get|put|delete|ready|snapshot|own|bench ...
        ostler-agent --version
 As process 1 of an initrd it takes its orders from the kernel's command line.";
 
@@ -49,6 +51,9 @@ fn main() -> ExitCode {
     if arguments == ["--version"] {
         println!("ostler-agent {}", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
+    }
+    if let Some(("call", rest)) = arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) {
+        return ExitCode::from(call::main(rest));
     }
     let Some(places) = places(&arguments) else {
         eprintln!("{USAGE}");

@@ -165,6 +165,10 @@ def command(  # noqa: PLR0913 - one parameter per option
             metavar="TEXT", help="Kernel command line; without a kernel of yours, added to it.", rich_help_panel=_KERNEL
         ),
     ] = None,
+    calls: Annotated[
+        str | None,
+        typer.Option(metavar="RIGHTS", help="Ostler's own it may make: log,keys,…; none.", rich_help_panel=_MACHINE),
+    ] = None,
     on: Annotated[
         Repeated,
         typer.Option(
@@ -204,7 +208,7 @@ def command(  # noqa: PLR0913 - one parameter per option
         "ports": publish, "volumes": volume, "env": env, "workdir": workdir, "user": user, "persist": persist,
         "seed": seed, "cold": cold or None,
         "cpu_weight": cpu_weight, "cpu_cap": cpu_cap, "cpu_reserve": cpu_reserve, "cpu_pin": pin,
-        **policies(on), "dns": dns, "ssh_keys": ssh_key, "test_devices": test_devices or None,
+        "calls": calls, **policies(on), "dns": dns, "ssh_keys": ssh_key, "test_devices": test_devices or None,
     }  # fmt: skip
     request = read_request(file, **given) if file else parse_request(**given)
     if is_kernel_alone(request, detach=detach):

@@ -67,6 +67,7 @@ class PlainGuest:
     cpu_cap: None = None
     cpu_reserve: float = 0.0
     cpu_pin: None = None
+    calls: tuple[str, ...] = ("log", "keys", "ready", "own")
     on_panic: str = "poweroff"
     on_triple_fault: str = "poweroff"
     on_hang: str = "poweroff"

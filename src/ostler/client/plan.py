@@ -76,6 +76,7 @@ def make(request: GuestRequest, *, progress: Progress = silent) -> Plan:
         disks=(root, *_seed(request), *request.disks), nets=nets, ports=request.ports, shares=request.volumes,
         vsock_cid=GUEST_CID, rng=request.rng, balloon=request.balloon,
         test_devices=request.test_devices, **request.cpu_shares,
+        calls=request.calls,
         **{field: getattr(request, field) for field in faults.FIELDS},
     )  # fmt: skip
     is_durable = (

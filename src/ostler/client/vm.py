@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ostler.agent.process import Process
     from ostler.agent.requests import Completed, Terminal
     from ostler.client.async_vm import AsyncVM
+    from ostler.client.calls import CallsOf
     from ostler.client.memory import MemoryOf
     from ostler.client.running import RunningGuest
     from ostler.config import GuestRequest
@@ -278,6 +279,13 @@ class VM:
         from ostler.client.memory import MemoryOf
 
         return MemoryOf(self._running().entry)
+
+    @property
+    def calls(self) -> CallsOf:
+        """What the guest says by Ostler's own calls; see `ostler.client.calls`."""
+        from ostler.client.calls import CallsOf
+
+        return CallsOf(self._running().entry)
 
     def inject(self, fault: str, **options: Any) -> dict[str, Any]:
         """Make something go wrong: docs/faults.md lists faults and their options.

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from ostler.config.calls import DEFAULT_RIGHTS, CallRights
 from ostler.config.complaints import bad_request
 from ostler.config.devices import DiskSpec, NetSpec, PortSpec, ShareSpec
 from ostler.config.faults import (
@@ -138,6 +139,8 @@ class GuestSpec(BaseModel):
     """Percent of one host CPU, as `cpu_reserve`."""
     cpu_reserve: Reserve = 0.0
     cpu_pin: HostCpus = None
+    calls: CallRights = DEFAULT_RIGHTS
+    """Which of Ostler's own calls it may make."""
     on_panic: OnPanic = default(Fault.PANIC)
     on_triple_fault: OnTripleFault = default(Fault.TRIPLE_FAULT)
     on_hang: OnHang = default(Fault.HANG)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from ostler.config.calls import DEFAULT_RIGHTS, CallRights
 from ostler.config.complaints import bad_request
 from ostler.config.devices import Address, DiskSpec, NetSpec, PortSpec, ShareSpec, absolute
 from ostler.config.faults import (
@@ -135,6 +136,7 @@ class GuestRequest(BaseModel):
     cpu_cap: Cap = Field(None, description="Percent of one host CPU it may use at most.")
     cpu_reserve: Reserve = Field(0.0, description="Percent of one host CPU it is to have whatever others want.")
     cpu_pin: HostCpusHere = Field(None, description="Host CPUs it runs on.")
+    calls: CallRights = Field(DEFAULT_RIGHTS, description="Of Ostler's own: log, keys, ready, snapshot, own; or none.")
     on_panic: OnPanic = Field(default(Fault.PANIC), description="Its kernel panicked: poweroff, reset, pause, ignore.")
     on_triple_fault: OnTripleFault = Field(default(Fault.TRIPLE_FAULT), description="poweroff, reset, pause.")
     on_hang: OnHang = Field(default(Fault.HANG), description="Its watchdog expired: poweroff, reset, pause, ignore.")

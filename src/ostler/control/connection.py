@@ -99,15 +99,22 @@ class Connection:
         self.request("events")
         return self._events(timeout_s)
 
+    def messages(self) -> Iterator[Message]:
+        """Whatever comes, replies too, until the connection ends."""
+        return self._everything(None)
+
     def _events(self, timeout_s: float | None) -> Iterator[Message]:
+        for message in self._everything(timeout_s):
+            if "event" in message:
+                yield message
+
+    def _everything(self, timeout_s: float | None) -> Iterator[Message]:
         self._socket.settimeout(timeout_s)
         while True:
             try:
-                message = self._receive()
+                yield self._receive()
             except (ConnectionLost, ConnectionResetError):
                 return
-            if "event" in message:
-                yield message
 
     def console(self, *, backlog_bytes: int = 0) -> Console:
         """Turn the connection into the console's bytes, both ways. The caller owns the result from then on."""

@@ -5,7 +5,7 @@ Port map, besides what the accelerator keeps to itself (PIC, PIT, their control 
     0x60..0x64 keyboard reset    0x70..0x71 RTC      0x80, 0xED scratch   0x92 reset
     0xE9 debug console           0xF4 debug exit     0x3F8 COM1           0x505 pvpanic
     0x510..0x511 fw_cfg          0x600..0x60B ACPI   0x620..0x633 watchdog
-    0xCF8..0xCFF PCI configuration, 0xCF9 reset in it
+    0xCF8..0xCFF PCI configuration, 0xCF9 reset in it       0xD00..0xD0F Ostler's own calls
 
 One lock serialises all devices. They hold it for microseconds and under the interpreter's own
 lock anyway, and devices that meet (timer and register access, console and UART) cannot deadlock.
@@ -21,6 +21,7 @@ from typing import Protocol
 
 from ostler.boot.acpi import AcpiGeneration, AcpiPci, AcpiPlatform, AcpiWatchdog
 from ostler.bus import MmioBus, PortBus
+from ostler.devices import calls
 from ostler.devices.acpi import pm, watchdog
 from ostler.devices.legacy import debug, fw_cfg
 from ostler.devices.legacy.reset import (
@@ -56,7 +57,7 @@ IOAPIC_ID = 0
 PCI_GSIS = (16, 17, 18, 19)
 GENERATION_GSI = 20
 # Devices that guests saved by earlier versions have not got; they begin as after power-on.
-LATER = frozenset({"watchdog"})
+LATER = frozenset({"watchdog", "calls"})
 # The BIOS memory map is older than 4 GiB of memory; CMOS keeps only what fits its fields.
 CMOS_KIB_LIMIT = 0xFFFF
 
@@ -186,6 +187,11 @@ class Board:
         self.pci.add(slot, transport.function, gsi=PCI_GSIS[slot % len(PCI_GSIS)])
         self._stateful[f"PCI {slot:02x}.0 {name}"] = transport
         return transport
+
+    def claim_calls(self, device: calls.Calls) -> None:
+        """Give the guest Ostler's own calls; before it runs."""
+        self.ports.claim("calls", calls.CALL_PORT, calls.CALL_PORT_SIZE, device, max_width=4)
+        self._stateful["calls"] = device
 
     def tell_generation(self) -> None:
         """The generation ID in the guest's memory is another: an edge, under the lock."""

@@ -15,12 +15,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ostler.abi.kvm import board as kvm_board
-from ostler.accel.api import VCPU, Accel, Cap, IrqRoute, Route
+from ostler.accel.api import VCPU, Accel, Cap, CpuidEntry2, IrqRoute, Route
 from ostler.accel.fitting import Policy, fit, fit_default, gives_steal_time, install
 from ostler.accel.models import DEFAULT_MODEL, model
 from ostler.boot.acpi import install_tables
 from ostler.boot.kernel import Kernel
 from ostler.boot.load import load_guest
+from ostler.devices.calls import Calls, leaves
 from ostler.devices.virtio.device import VirtioDevice
 from ostler.errors import BadRequest, HostError
 from ostler.machine.board import Board, Chipset, Wiring
@@ -78,10 +79,13 @@ class Machine:
             self.memory.on_write(self.vm.memory_written)
             self.vcpus = [self._new_vcpu(number) for number in range(spec.cpus)]
             doorbells = stack.enter_context(Doorbells(self.vm, wiring))
+            self.calls = Calls(self.memory)
             chipset = Chipset(self.vm.irq_line, self._flush_page, self._send_msi, doorbells.new)
             self.board = Board(
                 wiring, chipset, cpus=spec.cpus, memory_bytes=spec.memory_bytes, test_devices=spec.test_devices
             )
+            if spec.calls:
+                self.board.claim_calls(self.calls)
             stack.callback(self._unplug)
             self.transports = [self.board.plug(name, device, self.memory) for name, device in functions]
             self._resources = stack.pop_all()
@@ -102,6 +106,10 @@ class Machine:
     def _new_vcpu(self, number: int) -> VCPU:
         vcpu = self.vm.create_vcpu(number)
         install(self.model, vcpu, self.spec.cpus, steal_time=self._steal_time)
+        if self.spec.calls:
+            added = [CpuidEntry2(function=leaf, eax=eax, ebx=ebx, ecx=ecx, edx=edx)
+                     for leaf, (eax, ebx, ecx, edx) in leaves().items()]  # fmt: skip
+            vcpu.set_cpuid2([*vcpu.get_cpuid2(), *added])
         wire_local_interrupts(vcpu)
         enable_extended_states(vcpu)
         return vcpu

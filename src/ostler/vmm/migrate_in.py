@@ -35,6 +35,7 @@ from ostler.migration.wire import POST_COPY_STREAM
 from ostler.migration.witness import Witness
 from ostler.snapshot.schema import decode
 from ostler.vmm.announce import announce_cards
+from ostler.vmm.calls import CallService
 from ostler.vmm.faults import FaultService
 from ostler.vmm.hub import HubConsole
 from ostler.vmm.late_pages import LatePages
@@ -180,6 +181,7 @@ class _Arrival:
         pages = self._pages = stack.enter_context(LatePages(process.machine.memory)) if _may_come_late(offer) else None
         stack.enter_context(MemoryService(process, service, may_merge=pages is None))
         FaultService(process, service)
+        CallService(process, service, entry.name)
         self._link.send(
             self._target.welcome(
                 streams=streams, post_copy=pages is not None, boot=witness.boot_id(), witness=str(witnessed.path)

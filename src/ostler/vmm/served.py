@@ -23,6 +23,7 @@ from ostler.control import runtime
 from ostler.control.wire import Message, pack_error
 from ostler.errors import HostError, OstlerError
 from ostler.machine.networks import merged_settings
+from ostler.vmm.calls import CallService
 from ostler.vmm.faults import FaultService
 from ostler.vmm.memory_service import MemoryService
 from ostler.vmm.prepared import make
@@ -123,6 +124,7 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None, prepared
         stack.enter_context(SnapshotService(process, service, entry, base=origin.base if origin else None))
         stack.enter_context(MemoryService(process, service))
         FaultService(process, service)
+        CallService(process, service, entry.name)
         if origin is None:
             _boot(process, spec)
         else:
