@@ -13,7 +13,7 @@ import ctypes
 import mmap
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 PAGE_BYTES = mmap.PAGESIZE
@@ -71,11 +71,6 @@ def footprint(address: int, size_bytes: int, *, smaps: bytes | None = None) -> F
             if (field := _COUNTED.get(name)) is not None:
                 setattr(found, field, getattr(found, field) + (int(value.split()[0]) << 10))
     return found
-
-
-def names() -> tuple[str, ...]:
-    """What a footprint counts."""
-    return tuple(field.name for field in fields(Footprint))
 
 
 def forget_references() -> None:

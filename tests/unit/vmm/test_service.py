@@ -5,93 +5,26 @@ from __future__ import annotations
 import contextlib
 import socket
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ostler.config import parse_guest
-from ostler.control.connection import Connection, ConnectionLost
-from ostler.control.logfile import RotatedLog
+from ostler.control.connection import ConnectionLost
 from ostler.control.wire import MAX_LINE_BYTES, encode
-from ostler.errors import BadRequest, GuestNotFound, HostError, OstlerError
-from ostler.testing import kernels
-from ostler.testing.fake_accel import FakeAccel
+from ostler.errors import BadRequest, GuestNotFound, HostError
 from ostler.testing.fake_script import Halt, In, Out, Script
-from ostler.vmm.hub import HubConsole
-from ostler.vmm.run import GuestProcess
-from ostler.vmm.server import ControlServer
-from ostler.vmm.service import GuestService, describe
+from tests.unit.vmm.serving import Served, idle
 
 COM1 = 0x3F8
 SCI_STATUS, SCI_ENABLE = 0x600, 0x602
 
 
-class Served:
-    """A guest that serves its socket in a thread, from construction to the end of the test."""
-
-    def __init__(self, folder: Path, script: Callable[[], Script]) -> None:
-        kernel = folder / "kernel"
-        kernel.write_bytes(kernels.elf64(b"\xf4", note=kernels.xen_note(0x10_0000)))
-        self.path = folder / "control.sock"
-        self.log = folder / "console.log"
-        self.end: dict[str, object] = {}
-        self.service: GuestService
-        self._ready = threading.Event()
-        self._spec = parse_guest(kernel=kernel, memory="16M")
-        self._script = script
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        assert self._ready.wait(30)
-
-    def connect(self) -> Connection:
-        return Connection(self.path)
-
-    def join(self) -> dict[str, object]:
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-        return self.end
-
-    def close(self) -> None:
-        # A guest that is just ending may take the connection and close it, or not take it any more.
-        with contextlib.suppress(OstlerError):
-            if self._thread.is_alive():
-                with self.connect() as connection:
-                    connection.request("kill")
-        self.join()
-
-    def _run(self) -> None:
-        log = RotatedLog(self.log)
-        with GuestProcess(self._spec, FakeAccel(self._script), lambda *given: HubConsole(log, *given)) as process:
-            assert isinstance(process.console, HubConsole)
-            with ControlServer(self.path, process.loop, "fake") as server:
-                facts = {"name": "fake", "accelerator": "fake", "spec": {"cpus": 1}}
-                service = self.service = server.service = GuestService(process, server, process.console, facts)
-                process.loop.call_soon(self._ready.set)
-                end = process.run()
-                self.end = describe(end, killed=service.killed)
-                service.ended(self.end)
-
-
 @pytest.fixture
 def served() -> Iterator[Callable[[Callable[[], Script]], Served]]:
-    made: list[Served] = []
-    with tempfile.TemporaryDirectory(prefix="ostler-") as name:
-
-        def start(script: Callable[[], Script]) -> Served:
-            made.append(Served(Path(name), script))
-            return made[0]
-
-        yield start
-        for each in made:
-            each.close()
-
-
-def idle() -> Script:
-    while True:
-        yield Halt()
+    with tempfile.TemporaryDirectory(prefix="ostler-") as name, contextlib.ExitStack() as stack:
+        yield lambda script: stack.enter_context(Served(Path(name), script))
 
 
 def until_power_button() -> Script:
