@@ -6,10 +6,11 @@ import { get, guestPath } from "../api/client";
 import type { GuestDetail, GuestView, Logs } from "../api/types";
 import { complain } from "../commands";
 import { allows } from "../model/actions";
-import { bytes, cpus, dateTime, duration, rate } from "../model/format";
+import { bytes, cpus, dateTime, duration } from "../model/format";
 import { TABS, type Tab, formatRoute } from "../model/route";
 import { caller, events, guests, seriesOf, tick } from "../state";
 import { Chart } from "../ui/Chart";
+import { Throughput } from "../ui/Throughput";
 import { Empty, StateBadge } from "../ui/parts";
 import { Actions } from "./Actions";
 import { EventLine } from "./Activity";
@@ -98,28 +99,7 @@ function Charts({ guest }: { guest: GuestView }): JSX.Element {
         binary
           lines={[{ quantity: "memory", label: `of ${bytes(guest.memory_bytes)}`, colour: "teal" }]}
         />
-        <Chart
-          title="Disk"
-          series={series}
-          format={rate}
-        binary
-          least={100_000}
-          lines={[
-            { quantity: "diskRead", label: "read", colour: "blue" },
-            { quantity: "diskWritten", label: "written", colour: "orange" },
-          ]}
-        />
-        <Chart
-          title="Network"
-          series={series}
-          format={rate}
-        binary
-          least={10_000}
-          lines={[
-            { quantity: "netReceived", label: "in", colour: "blue" },
-            { quantity: "netSent", label: "out", colour: "orange" },
-          ]}
-        />
+        <Throughput series={series} />
       </div>
       <section class="panel">
         <header>

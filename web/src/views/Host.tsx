@@ -7,6 +7,7 @@ import { allows } from "../model/actions";
 import { bytes, cpus, duration, percent, rate } from "../model/format";
 import { caller, guestList, host, hostSeries, jobs, latest, link, seriesOf, tick } from "../state";
 import { Chart } from "../ui/Chart";
+import { Throughput } from "../ui/Throughput";
 import { Empty, Meter, Sparkline, StateBadge } from "../ui/parts";
 import { Actions } from "./Actions";
 
@@ -55,28 +56,7 @@ function HostCharts(): JSX.Element {
         binary
         lines={[{ quantity: "memory", label: "used", colour: "teal" }]}
       />
-      <Chart
-        title="Disk"
-        series={series}
-        format={rate}
-        binary
-        least={100_000}
-        lines={[
-          { quantity: "diskRead", label: "read", colour: "blue" },
-          { quantity: "diskWritten", label: "written", colour: "orange" },
-        ]}
-      />
-      <Chart
-        title="Network"
-        series={series}
-        format={rate}
-        binary
-        least={10_000}
-        lines={[
-          { quantity: "netReceived", label: "in", colour: "blue" },
-          { quantity: "netSent", label: "out", colour: "orange" },
-        ]}
-      />
+      <Throughput series={series} />
     </>
   );
 }
