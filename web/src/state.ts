@@ -13,9 +13,10 @@ import type {
   HostView,
   JobList,
   JobView,
+  SampleList,
   StatsSample,
 } from "./api/types";
-import { Series, guestPoint, hostPoint } from "./model/series";
+import { Series, WINDOW_S, guestPoint, hostPoint, keptPoint } from "./model/series";
 
 const KEPT_EVENTS = 300;
 const KEPT_JOBS = 200;
@@ -100,6 +101,23 @@ async function refresh(): Promise<void> {
   jobs.value = new Map(theJobs.jobs.map((job) => [job.id, job]));
   lastEvent = theEvents.last;
   events.value = theEvents.events.slice(-KEPT_EVENTS);
+  await fillCharts();
+}
+
+/** What was kept before this page was opened, or while it was cut off. Charts do without where it cannot be had. */
+async function fillCharts(): Promise<void> {
+  try {
+    // The service's clock, for the browser's may be wrong.
+    const now = await get<StatsSample>("/v1/stats");
+    const kept = await get<SampleList>(`/v1/samples?since=${now.host.time - WINDOW_S}&limit=100000`);
+    for (const row of kept.samples) {
+      if (row.guest === null) hostSeries.value.add(keptPoint(row));
+      else if (guests.value.has(row.guest)) seriesOf(row.guest).add(keptPoint(row));
+    }
+    takeSample(now);
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+  }
 }
 
 function openStreams(): void {

@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import type { GuestStats, HostStats } from "../src/api/types";
-import { CAPACITY, Series, guestPoint, hostPoint, stacked } from "../src/model/series";
+import { CAPACITY, Series, guestPoint, hostPoint, keptPoint, stacked } from "../src/model/series";
 
 const stats = (time: number, rest: Partial<GuestStats> = {}): GuestStats => ({
   name: "web",
@@ -79,5 +79,25 @@ describe("Series", () => {
 
   it("stacks layers on top of one another", () => {
     expect(stacked([[1, 2], [10, 20], [100, 200]])).toEqual([[1, 2], [11, 22], [111, 222]]);
+  });
+});
+
+describe("keptPoint", () => {
+  it("makes rates of a minute's amounts", () => {
+    const point = keptPoint({
+      time: 60,
+      interval_s: 60,
+      guest: "web",
+      cpu_time_ns: 45e9,
+      run_ns: 30e9,
+      wait_ns: 6e9,
+      memory_bytes: 100,
+      disk_read_bytes: 600,
+      disk_written_bytes: 0,
+      net_received_bytes: 0,
+      net_sent_bytes: 60,
+    });
+
+    expect(point).toMatchObject({ time: 60, run: 0.5, other: 0.25, wait: 0.1, memory: 100, diskRead: 10, netSent: 1 });
   });
 });

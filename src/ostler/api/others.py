@@ -13,7 +13,7 @@ from starlette.requests import Request
 from ostler.api.guests import Name, begun
 from ostler.api.identity import CALLER, COOKIE, TheCaller, TheService, Unauthorized
 from ostler.api.operations import operation
-from ostler.hostd import bringing, work
+from ostler.hostd import bringing, sampling, work
 from ostler.hostd.host import Host
 from ostler.hostd.jobs import ENDED
 from ostler.hostd.models import (
@@ -41,6 +41,7 @@ from ostler.hostd.models import (
     TokenWish,
 )
 from ostler.hostd.problems import NotFound
+from ostler.planning import history
 
 router = APIRouter()
 Identifier = Annotated[str, Path(pattern=r"^[0-9a-f]{1,32}$", max_length=32)]
@@ -217,14 +218,15 @@ def read_stats(service: TheService) -> StatsSample:
     return service.statistics.sample()
 
 
-@operation(router, "GET", "/v1/samples", Role.VIEWER, model=SampleList)
+@operation(router, "GET", "/v1/samples", Role.VIEWER, model=SampleList, problems=(502,))
 def list_samples(
     service: TheService, since: Moment = 0, until: Moment | None = None,
     guest: Annotated[str | None, Query(max_length=40)] = None, limit: Annotated[int, Query(ge=1, le=100_000)] = 10_000,
 ) -> SampleList:  # fmt: skip
     """What was used, a row a minute and guest, oldest first."""
     end = until if until is not None else time.time()
-    return SampleList(samples=service.host.store.samples(since=since, until=end, guest=guest, limit=limit))
+    found = history.read(service.samples, since_s=since, until_s=end, guest=guest, limit=limit)
+    return SampleList(samples=[sampling.row(each) for each in found])
 
 
 @operation(router, "GET", "/v1/tokens", Role.ADMIN, model=TokenList)

@@ -16,7 +16,6 @@ from fastapi import FastAPI
 from ostler.api import serving
 from ostler.api.app import create_app
 from ostler.api.service import Service
-from ostler.client.sampling import Recorder
 from ostler.config.request import read_table
 from ostler.errors import BadRequest
 from ostler.hostd import admission, bringing, definition, inventory, settings
@@ -29,7 +28,8 @@ from ostler.hostd.launcher import ProcessLauncher
 from ostler.hostd.models import Role
 from ostler.hostd.notify import notify
 from ostler.hostd.opening import Looking, open_host
-from ostler.hostd.stats import History, Statistics
+from ostler.hostd.sampling import Recorder
+from ostler.hostd.stats import Statistics
 from ostler.planning import history as usage
 
 STOP_LIMIT_S = 600.0
@@ -101,11 +101,10 @@ def open_service(
     statistics = Statistics(host)
     audit = stack.enter_context(closing(Audit(state)))
     stack.enter_context(Looking(host))
-    stack.enter_context(History(host, statistics))
-    stack.enter_context(Recorder(state / usage.FILE))
+    stack.enter_context(Recorder(state / usage.FILE, statistics.sample))
     return Service(
         host=host, access=Access(host.store), audit=audit, statistics=statistics, inventory=found, peers=peers,
-        certificates=said.certificates,
+        certificates=said.certificates, samples=state / usage.FILE,
     )  # fmt: skip
 
 

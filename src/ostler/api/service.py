@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ostler.hostd.access import Access
 from ostler.hostd.audit import Audit
@@ -21,6 +22,8 @@ class Service:
     audit: Audit
     statistics: Statistics
     inventory: Inventory
+    samples: Path
+    """The file of what was used over time."""
     peers: Mapping[int, Role] = field(default_factory=dict)
     """Roles of users at the UNIX socket."""
     certificates: Mapping[str, Role] = field(default_factory=dict)

@@ -1,8 +1,9 @@
 """The service's database: SQLite with a write-ahead log, in a state folder that one service at a time uses.
 
     <state>/lock          held (flock) by the service
-    <state>/host.db       definitions, jobs, tokens, samples
+    <state>/host.db       definitions, jobs, tokens
     <state>/host.backup.db   the last that was whole, with the definitions and tokens of then
+    <state>/usage.sqlite  samples (`ostler.planning.history`)
     <state>/audit.log     who changed what
 
 Guests do not depend on it: a damaged database is refused, and they run on. A write that finds no space changes nothing.
@@ -32,7 +33,7 @@ LOCK, DATABASE, BACKUP = "lock", "host.db", "host.backup.db"
 BUSY_TIMEOUT_S = 10
 MIGRATIONS = "ostler.hostd:migrations"
 # The newest of them: a database that has it is not looked at by Alembic, which takes half a second to read.
-VERSION = "0001"
+VERSION = "0002"
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 metadata = sa.MetaData()
@@ -54,12 +55,6 @@ TOKENS = sa.Table(
     "tokens", metadata, sa.Column("id", sa.Text, primary_key=True), sa.Column("name", sa.Text),
     sa.Column("role", sa.Text), sa.Column("hash", sa.Text), sa.Column("created", sa.Float),
     sa.Column("expires", sa.Float), sa.Column("last_used", sa.Float),
-)  # fmt: skip
-SAMPLES = sa.Table(
-    "samples", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("time", sa.Float),
-    sa.Column("interval_s", sa.Float), sa.Column("guest", sa.Text), sa.Column("cpu_time_ns", sa.BigInteger),
-    sa.Column("memory_bytes", sa.BigInteger), sa.Column("disk_bytes", sa.BigInteger),
-    sa.Column("net_bytes", sa.BigInteger),
 )  # fmt: skip
 
 

@@ -208,12 +208,21 @@ class SampleRow(View):
     interval_s: float
     guest: str | None
     cpu_time_ns: int
+    """Of its whole process; of the host, all that was busy."""
+    run_ns: int
+    """Of its virtual processors; of the host, all that was busy."""
+    wait_ns: int
+    """How long they wanted a processor of the host's and had none; of the host, what was stolen from it."""
     memory_bytes: int
-    """Resident."""
+    """Resident; of the host, what is not available."""
     disk_bytes: int
     """Read and written."""
+    disk_read_bytes: int
+    disk_written_bytes: int
     net_bytes: int
     """Received and sent."""
+    net_received_bytes: int
+    net_sent_bytes: int
 
 
 class SampleList(View):

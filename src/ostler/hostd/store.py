@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
-from ostler.hostd.database import DEFINITIONS, GUESTS, JOBS, SAMPLES, TOKENS, Database
-from ostler.hostd.models import JobState, JobView, Role, SampleRow
+from ostler.hostd.database import DEFINITIONS, GUESTS, JOBS, TOKENS, Database
+from ostler.hostd.models import JobState, JobView, Role
 
 KEPT_JOBS = 2000
-KEPT_SAMPLES_S = 14 * 86_400.0
 _OPEN = (JobState.QUEUED.value, JobState.RUNNING.value)
 
 
@@ -151,22 +150,3 @@ class Store:
         """Forget it; whether there was one."""
         with self.database.writing() as connection:
             return bool(connection.execute(sa.delete(TOKENS).where(TOKENS.c.id == identifier)).rowcount)
-
-    def add_samples(self, rows: Iterable[SampleRow]) -> None:
-        """Keep them; those older than two weeks give way."""
-        values = [row.model_dump() for row in rows]
-        if not values:
-            return
-        with self.database.writing() as connection:
-            connection.execute(sa.insert(SAMPLES), values)
-            connection.execute(sa.delete(SAMPLES).where(SAMPLES.c.time < time.time() - KEPT_SAMPLES_S))
-
-    def samples(self, *, since: float, until: float, guest: str | None, limit: int) -> list[SampleRow]:
-        """In order of their times; the host's own rows where no guest is named, too."""
-        columns = [each for each in SAMPLES.c if each.name != "id"]
-        wanted = sa.select(*columns).where(SAMPLES.c.time > since, SAMPLES.c.time <= until)
-        if guest is not None:
-            wanted = wanted.where(SAMPLES.c.guest == guest)
-        with self.database.reading() as connection:
-            rows = connection.execute(wanted.order_by(SAMPLES.c.time, SAMPLES.c.id).limit(limit))
-            return [SampleRow.model_validate(dict(row._mapping)) for row in rows]

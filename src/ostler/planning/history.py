@@ -1,4 +1,4 @@
-"""Utilisation kept over time: a bounded SQLite file of samples of this host's guests.
+"""Utilisation kept over time: a bounded SQLite file of samples of this host and its guests.
 
 One process writes (the host's service, once a minute), any number read; WAL keeps them out of each other's way. It
 is bounded twice: samples older than `KEPT_S` go, and beyond `MAX_ROWS` the oldest. A file that is no database is set
@@ -12,7 +12,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import MISSING, astuple, dataclass, fields
 from pathlib import Path
 from typing import Self
 
@@ -22,34 +22,44 @@ FILE = "usage.sqlite"
 INTERVAL_S = 60.0
 KEPT_S = 14 * 86_400
 MAX_ROWS = 1_000_000
-_VERSION = 1
+HOST = ""
+"""The guest of a sample that is the whole host's."""
+_VERSION = 2
 _TIDY_EVERY = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a guest used from the sample before to this one."""
+    """What a guest, or the host, used from the sample before to this one."""
 
     time_s: float
     """Seconds since 1970."""
     guest: str
+    """Its name, or HOST."""
     interval_s: float
     cpus: float
     """Host CPUs that its whole process kept busy."""
     memory_bytes: int
-    """The guest's size."""
+    """Its size."""
     resident_bytes: int
-    """What its process holds of the host's memory."""
+    """What its process holds of the host's memory; of the host, what is in use."""
     read_bytes_per_s: float
     written_bytes_per_s: float
     received_bytes_per_s: float
     sent_bytes_per_s: float
     vcpus: int
+    run_cpus: float = 0.0
+    """Host CPUs that its virtual processors kept busy."""
+    wait_cpus: float = 0.0
+    """Host CPUs that they wanted and had not: steal."""
 
 
 _COLUMNS = ", ".join(each.name for each in fields(Sample))
 _TYPES = {"str": "TEXT", "float": "REAL", "int": "INTEGER"}
-_TABLE = ", ".join(f"{each.name} {_TYPES[str(each.type)]} NOT NULL" for each in fields(Sample))
+_DEFAULTS = {each.name: f" DEFAULT {each.default}" for each in fields(Sample) if each.default is not MISSING}
+_DECLARED = [f"{each.name} {_TYPES[str(each.type)]} NOT NULL{_DEFAULTS.get(each.name, '')}" for each in fields(Sample)]
+# What a file of the version before has not got.
+_ADDED = {1: _DECLARED[-2:]}
 
 
 def default_path() -> Path:
@@ -118,18 +128,25 @@ class History:
         try:
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=NORMAL")
-            database.execute(f"CREATE TABLE IF NOT EXISTS samples ({_TABLE})")
-            database.execute("CREATE INDEX IF NOT EXISTS by_time ON samples (time_s)")
-            database.execute("CREATE INDEX IF NOT EXISTS by_guest ON samples (guest, time_s)")
-            (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version not in (0, _VERSION):
-                raise HostError(f"{self._path}: version {version} of another Ostler, expected {_VERSION}")
-            database.execute(f"PRAGMA user_version={_VERSION}")
-            database.commit()
+            self._bring_up(database)
         except BaseException:
             database.close()
             raise
         return database
+
+    def _bring_up(self, database: sqlite3.Connection) -> None:
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version not in (0, *_ADDED, _VERSION):
+            raise HostError(f"{self._path}: version {version} of another Ostler, expected {_VERSION}")
+        # The version is part of the transaction: a file is of one or of the other.
+        with database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute(f"CREATE TABLE IF NOT EXISTS samples ({', '.join(_DECLARED)})")
+            database.execute("CREATE INDEX IF NOT EXISTS by_time ON samples (time_s)")
+            database.execute("CREATE INDEX IF NOT EXISTS by_guest ON samples (guest, time_s)")
+            for column in _ADDED.get(version, ()):
+                database.execute(f"ALTER TABLE samples ADD COLUMN {column}")
+            database.execute(f"PRAGMA user_version={_VERSION}")
 
     def _set_aside(self) -> None:
         self._path.replace(self._path.with_name(self._path.name + ".damaged"))
@@ -137,17 +154,21 @@ class History:
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
 
-def read(path: Path, *, since_s: float = 0.0, guest: str | None = None) -> list[Sample]:
-    """Samples from then on, oldest first; none where nothing was ever kept. Raises HostError for a damaged file."""
+def read(
+    path: Path, *, since_s: float = 0.0, until_s: float = float("inf"), guest: str | None = None,
+    limit: int = MAX_ROWS,
+) -> list[Sample]:  # fmt: skip
+    """Samples after `since_s` and up to `until_s`, oldest first, at most `limit`; the host's own are among them.
+
+    None where nothing was ever kept. Raises HostError for a damaged file.
+    """
     if not path.exists():
         return []
-    condition, values = "time_s >= ?", [since_s]
-    if guest is not None:
-        condition += " AND guest = ?"
+    wanted = "time_s > ? AND time_s <= ? AND (? IS NULL OR guest = ?)"
     with _reading(path) as database:
         rows = database.execute(
-            f"SELECT {_COLUMNS} FROM samples WHERE {condition} ORDER BY time_s",
-            (*values, guest) if guest is not None else values,
+            f"SELECT {_COLUMNS} FROM samples WHERE {wanted} ORDER BY time_s, guest LIMIT ?",
+            (since_s, until_s, guest, guest, limit),
         )
         return [Sample(*row) for row in rows]
 

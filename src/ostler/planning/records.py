@@ -11,7 +11,7 @@ from typing import Any
 
 from ostler.errors import BadRequest
 from ostler.planning import history
-from ostler.planning.history import Sample
+from ostler.planning.history import HOST, Sample
 from ostler.planning.schema import FORMAT, EstateFile
 
 # A CPU sample for every so many minutes is plenty for a percentile, and keeps files small.
@@ -22,7 +22,8 @@ def this_host(samples: list[Sample]) -> dict[str, Any]:
     """An estate file's content: this host, and each guest with what it used while it was sampled."""
     by_guest: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
-        by_guest[sample.guest].append(sample)
+        if sample.guest != HOST:
+            by_guest[sample.guest].append(sample)
     name = socket.gethostname()
     disk = shutil.disk_usage(Path.home()).total
     host = {
@@ -43,7 +44,7 @@ def from_history(path: Path | None = None) -> tuple[str, EstateFile]:
     """The same, judged as any other file. Raises BadRequest where nothing was sampled yet."""
     where = path or history.default_path()
     samples = history.read(where)
-    if not samples:
+    if all(sample.guest == HOST for sample in samples):
         raise BadRequest(
             f"{where}: no samples of this host's guests yet; `ostler host serve` keeps them, or name estate files"
         )

@@ -16,6 +16,7 @@ from ostler.hostd.audit import Audit
 from ostler.hostd.inventory import inventory
 from ostler.hostd.models import Role
 from ostler.hostd.stats import Statistics
+from ostler.planning import history
 from tests.unit.hostd.fakes import FakeLauncher, opened
 
 # The real parameters take 64 MiB and tens of milliseconds, on purpose.
@@ -29,6 +30,7 @@ def served(folder: Path, launcher: FakeLauncher | None = None) -> Iterator[Servi
         yield Service(
             host=host, access=Access(host.store, hasher=QUICK), audit=audit, statistics=Statistics(host),
             inventory=inventory(probe=False), peers={0: Role.ADMIN}, certificates={},
+            samples=folder / history.FILE,
         )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from starlette.testclient import TestClient
 
 from ostler.api.service import Service
 from ostler.hostd.models import Role
+from ostler.planning.history import HOST, History, Sample
 from tests.unit.api.fakes import client, served
-from tests.unit.hostd.fakes import FakeLauncher, table
+from tests.unit.hostd.fakes import GIB, FakeLauncher, table
 
 
 @pytest.fixture
@@ -165,6 +168,21 @@ def test_events_stream_tells_what_was_missed_and_what_happens(admin: TestClient)
 def test_stats_stream_samples(admin: TestClient) -> None:
     with admin.websocket_connect("/v1/stats/stream") as stream:
         assert stream.receive_json()["host"]["cpus"] >= 1
+
+
+def test_samples_are_those_that_were_kept(admin: TestClient, service: Service) -> None:
+    assert admin.get("/v1/samples").json() == {"samples": []}
+    now = time.time()
+    used = Sample(now - 60, "db", 60.0, 0.5, GIB, GIB // 4, 1.0, 2.0, 3.0, 4.0, vcpus=1, run_cpus=0.25)
+    with History(service.samples) as kept:
+        kept.add([used, replace(used, guest=HOST), replace(used, time_s=now - 1)])
+
+    rows = admin.get("/v1/samples", params={"since": now - 90, "until": now - 30}).json()["samples"]
+
+    assert [row["guest"] for row in rows] == [None, "db"]
+    assert (rows[1]["cpu_time_ns"], rows[1]["run_ns"], rows[1]["disk_read_bytes"]) == (30 * 10**9, 15 * 10**9, 60)
+    assert len(admin.get("/v1/samples?guest=db").json()["samples"]) == 2
+    assert len(admin.get("/v1/samples?limit=1").json()["samples"]) == 1
 
 
 def test_metrics_are_those_that_are_documented(admin: TestClient) -> None:

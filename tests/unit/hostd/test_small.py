@@ -1,4 +1,4 @@
-"""The service's smaller parts: systemd, settings, definitions in folders, history."""
+"""The service's smaller parts: systemd, settings, definitions in folders."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ostler.api.running import read_folder
 from ostler.api.serving import listen_tcp
 from ostler.config.request import read_request
 from ostler.errors import BadRequest
-from ostler.hostd import inventory, settings, stats
-from ostler.hostd.models import GuestStats, Role, StatsSample
+from ostler.hostd import inventory, settings
+from ostler.hostd.models import Role
 from ostler.hostd.notify import notify
 
 
@@ -84,26 +84,6 @@ def test_read_folder_malformed_file_is_named(tmp_path: Path) -> None:
 def test_listen_tcp_tokens_do_not_go_over_a_network_in_the_clear() -> None:
     with pytest.raises(BadRequest, match="expected TLS, or a loopback address"):
         listen_tcp("0.0.0.0:0", None)
-
-
-def test_rows_guest_that_began_anew_counts_from_its_beginning() -> None:
-    host = inventory.host_stats()
-
-    def sample(at: float, uptime_s: float, cpu_ns: int) -> StatsSample:
-        guest = GuestStats(
-            name="db", time=at, uptime_s=uptime_s, cpu_time_ns=cpu_ns, vcpu_time_ns=[], memory_bytes=0,
-            memory_touched_bytes=0, memory_resident_bytes=7, disk_read_bytes=0, disk_written_bytes=0,
-            net_received_bytes=0, net_sent_bytes=0,
-        )  # fmt: skip
-        return StatsSample(host=host.model_copy(update={"time": at}), guests=[guest])
-
-    went_on = stats.rows(sample(0, 50, 100), sample(60, 110, 130))
-    began_anew = stats.rows(sample(0, 50, 100), sample(60, 20, 40))
-
-    assert [row.cpu_time_ns for row in went_on if row.guest] == [30]
-    assert [row.cpu_time_ns for row in began_anew if row.guest] == [40]
-    assert went_on[0].guest is None
-    assert went_on[0].interval_s == 60
 
 
 def test_inventory_is_of_this_host() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ostler.errors import BadRequest, HostError
 from ostler.planning import history, records
-from ostler.planning.history import History, Sample, read
+from ostler.planning.history import HOST, History, Sample, read
 
 
 def sample(time_s: float, guest: str = "web", cpus: float = 0.5) -> Sample:
@@ -25,6 +28,9 @@ def test_history_samples_come_back_in_order_and_by_guest(tmp_path: Path) -> None
         assert [each.guest for each in read(path)] == ["db", "web"]
         assert read(path, since_s=now - 1) == [sample(now)]
         assert [each.time_s for each in read(path, guest="db")] == [now - 60]
+        assert read(path, since_s=now) == []
+        assert [each.guest for each in read(path, until_s=now - 60)] == ["db"]
+        assert [each.guest for each in read(path, limit=1)] == ["db"]
 
 
 def test_history_is_bounded_by_age_and_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +58,31 @@ def test_history_file_that_is_no_database_is_set_aside(tmp_path: Path) -> None:
     assert path.with_name("usage.damaged").exists()
 
 
+def test_history_of_the_version_before_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "usage"
+    with History(path) as kept:
+        kept.add([sample(time.time())])
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        for column in ("run_cpus", "wait_cpus"):
+            old.execute(f"ALTER TABLE samples DROP COLUMN {column}")
+        old.execute("PRAGMA user_version=1")
+        old.commit()
+
+    with History(path) as kept:
+        kept.add([replace(sample(time.time()), run_cpus=0.25)])
+
+    assert [each.run_cpus for each in read(path)] == [0.0, 0.25]
+
+
+def test_history_of_a_version_to_come_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "usage"
+    with contextlib.closing(sqlite3.connect(path)) as new:
+        new.execute("PRAGMA user_version=99")
+
+    with pytest.raises(HostError, match="version 99 of another Ostler, expected 2"):
+        History(path)
+
+
 def test_read_nothing_kept_yet_is_empty(tmp_path: Path) -> None:
     assert read(tmp_path / "none") == []
 
@@ -61,6 +92,9 @@ def test_records_become_an_estate_of_this_host(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="no samples"):
         records.from_history(path)
     with History(path) as kept:
+        kept.add([sample(time.time(), guest=HOST)])
+        with pytest.raises(BadRequest, match="no samples"):
+            records.from_history(path)
         kept.add([sample(time.time() - age, cpus=age) for age in (1, 2, 3)])
 
     _, estate = records.from_history(path)

@@ -91,6 +91,24 @@ export interface StatsSample {
   guests: GuestStats[];
 }
 
+export interface SampleRow {
+  time: number;
+  interval_s: number;
+  guest: string | null;
+  cpu_time_ns: number;
+  run_ns: number;
+  wait_ns: number;
+  memory_bytes: number;
+  disk_read_bytes: number;
+  disk_written_bytes: number;
+  net_received_bytes: number;
+  net_sent_bytes: number;
+}
+
+export interface SampleList {
+  samples: SampleRow[];
+}
+
 export interface SnapshotView {
   name: string;
   guest: string | null;

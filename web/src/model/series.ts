@@ -1,7 +1,9 @@
 // What charts draw: rates between two looks at counters that only grow, kept for the last minutes.
-import type { GuestStats, HostStats } from "../api/types";
+import type { GuestStats, HostStats, SampleRow } from "../api/types";
 
-export const CAPACITY = 300;
+/** What charts show at most: at opening what the service kept of it, a point a minute, then one a second. */
+export const WINDOW_S = 900;
+export const CAPACITY = WINDOW_S + 60;
 
 export interface Point {
   time: number;
@@ -83,6 +85,23 @@ export function hostPoint(before: HostStats, after: HostStats): Point | null {
     diskWritten: perSecond(after.disk_written_bytes, before.disk_written_bytes),
     netReceived: perSecond(after.net_received_bytes, before.net_received_bytes),
     netSent: perSecond(after.net_sent_bytes, before.net_sent_bytes),
+  };
+}
+
+/** One of the minutes the service keeps. */
+export function keptPoint(row: SampleRow): Point {
+  const perSecond = (amount: number): number => amount / row.interval_s;
+  const run = perSecond(row.run_ns) / 1e9;
+  return {
+    time: row.time,
+    run,
+    wait: perSecond(row.wait_ns) / 1e9,
+    other: Math.max(0, perSecond(row.cpu_time_ns) / 1e9 - run),
+    memory: row.memory_bytes,
+    diskRead: perSecond(row.disk_read_bytes),
+    diskWritten: perSecond(row.disk_written_bytes),
+    netReceived: perSecond(row.net_received_bytes),
+    netSent: perSecond(row.net_sent_bytes),
   };
 }
 

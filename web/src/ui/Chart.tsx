@@ -4,7 +4,7 @@ import { useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 import { clock } from "../model/format";
-import { type Quantity, type Series, stacked } from "../model/series";
+import { type Quantity, type Series, WINDOW_S, stacked } from "../model/series";
 import { tick } from "../state";
 import { themeCount } from "./theme";
 
@@ -28,7 +28,6 @@ export interface ChartProps {
 }
 
 const HEIGHT = 132;
-const MAX_WINDOW_S = 300;
 const MIN_WINDOW_S = 60;
 /** Steps of an axis of bytes: powers of two, so that its labels are round. */
 const BINARY_STEPS = Array.from({ length: 44 }, (_, power) => 2 ** power);
@@ -103,7 +102,7 @@ function options(props: ChartProps, width: number): uPlot.Options {
         time: true,
         range: (_plot, min, max) => {
           const end = max ?? Date.now() / 1000;
-          return [end - Math.min(MAX_WINDOW_S, Math.max(MIN_WINDOW_S, end - (min ?? end))), end];
+          return [end - Math.min(WINDOW_S, Math.max(MIN_WINDOW_S, end - (min ?? end))), end];
         },
       },
       y: { range: (_plot, _min, max) => [0, Math.max(props.least ?? 0, (max ?? 0) * 1.12) || 1] },
