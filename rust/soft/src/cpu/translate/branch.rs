@@ -8,10 +8,11 @@
 
 use super::asm::{cc, cell, group, Label, Rm};
 use super::emit::{Emitter, Flags, Step};
-use super::layout::{field, host::*, GUEST_RSP};
+use super::layout::{field, host::*};
 use super::link::{back, site};
+use super::lookups::{enter_jump, look_up_jump};
+use super::memory::RSP_NUMBER;
 use super::shape::home;
-use super::stubs::{enter_jump, look_up_jump};
 
 impl Emitter<'_> {
     /// The page offset a direct branch leads to; it may lie beyond the page.
@@ -64,8 +65,9 @@ impl Emitter<'_> {
     /// R11 = where an indirect branch goes.
     fn load_target(&mut self, step: &Step) {
         if step.plan.memory.is_some() {
-            self.access(step, 8, false, 1);
-            self.asm.load(R11, Rm::Mem(R11, 0));
+            let operand = self.access(step, 8, false, 1);
+            self.known = None;
+            self.asm.load(R11, operand);
         } else {
             let guest = step.plan.operands[0].and_then(|o| o.gpr());
             self.asm.load(R11, guest.map_or(Rm::Reg(R11), home));
@@ -144,10 +146,10 @@ impl Emitter<'_> {
         self.go_indirect();
     }
 
-    /// Stores the return address at [R11], moves RSP, and leaves a note for the RET.
-    fn push_return(&mut self, step: &Step) {
+    /// Stores the return address at `top`, moves RSP, and leaves a note for the RET.
+    fn push_return(&mut self, step: &Step, top: Rm) {
         self.address_in_code(RAX, step.next as i64);
-        self.asm.store(Rm::Mem(R11, 0), RAX);
+        self.asm.store(top, RAX);
         self.move_rsp(-8);
         if step.next >= 4096 || self.source.second.is_some() {
             return;
@@ -167,8 +169,9 @@ impl Emitter<'_> {
     }
 
     pub(super) fn call(&mut self, step: &Step) {
-        self.check(GUEST_RSP, -8, 8, true);
-        self.push_return(step);
+        let top = self.check(RSP_NUMBER, -8, true);
+        self.flags_to_memory();
+        self.push_return(step, top);
         self.go(Self::target(step));
     }
 
@@ -183,15 +186,16 @@ impl Emitter<'_> {
         self.asm.jump_if(cc::NE, miss);
         // RIP is nobody's while translated code runs.
         self.asm.store(cell(field::RIP), R11);
-        self.check(GUEST_RSP, -8, 8, true);
-        self.push_return(step);
+        let top = self.check(RSP_NUMBER, -8, true);
+        self.push_return(step, top);
         self.asm.load(R11, cell(field::RIP));
         self.go_indirect();
     }
 
     pub(super) fn ret(&mut self, step: &Step) {
-        self.check(GUEST_RSP, 0, 8, false);
-        self.asm.load(R11, Rm::Mem(R11, 0));
+        let top = self.check(RSP_NUMBER, 0, false);
+        self.flags_to_memory();
+        self.asm.load(R11, top);
         let popped = 8 + if step.ins.op_count() == 1 { step.ins.immediate16() as u32 } else { 0 };
         self.move_rsp(popped as i32);
         let miss = self.slow_return(popped);

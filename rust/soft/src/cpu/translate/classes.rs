@@ -85,7 +85,8 @@ impl Plan {
         }
     }
 
-    /// It destroys the host's flags before it could set the guest's, or may leave with the old ones.
+    /// It destroys the host's flags before it could set the guest's, or may leave for where they must be in the
+    /// `Cpu`.
     pub fn clobbers_flags(&self) -> bool {
         let simple = matches!(
             self.class,
@@ -97,6 +98,8 @@ impl Plan {
                 | Class::Spread
                 | Class::Multiply
                 | Class::Carry
+                | Class::Jcc
+                | Class::Jmp
         );
         !simple || self.memory.is_some() && self.class != Class::Lea
     }

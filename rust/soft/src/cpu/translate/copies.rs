@@ -5,7 +5,8 @@
 
 use super::asm::{cell, Rm};
 use super::classes::{Class, Plan};
-use super::emit::{Emitter, Flags, Miss, Step};
+use super::emit::{Emitter, Flags, Step};
+use super::exits::Miss;
 use super::layout::{field, host::*, GUEST_RAX, GUEST_RCX};
 use super::shape::{home, Operand, Role};
 use super::vector::open;
@@ -13,9 +14,7 @@ use iced_x86::{Mnemonic, Register};
 
 impl Emitter<'_> {
     pub(super) fn copy_instruction(&mut self, step: &Step) {
-        let size = step.ins.memory_size().size();
-        let locked = step.ins.has_lock_prefix() || step.ins.mnemonic() == Mnemonic::Xchg;
-        self.copy_with(step, if locked { size } else { 1 });
+        self.copy_with(step, alignment(step));
     }
 
     pub(super) fn vector(&mut self, step: &Step) {
@@ -23,15 +22,14 @@ impl Emitter<'_> {
         if open::DOORS[door] & !self.opened != 0 {
             self.open(door);
         }
-        self.copy_with(step, super::vector::alignment(&step.ins));
+        self.copy_with(step, alignment(step));
     }
 
     /// The instruction with other operands; a memory operand must be aligned so.
     pub(super) fn copy_with(&mut self, step: &Step, align: usize) {
         let memory = step.plan.memory.map(|index| {
             let written = step.plan.operands[index].is_some_and(|o| o.written);
-            self.access(step, step.ins.memory_size().size(), written, align);
-            Rm::Mem(R11, 0)
+            self.access(step, step.ins.memory_size().size(), written, align)
         });
         if step.plan.needs_flags {
             self.flags_to_host();
@@ -198,6 +196,19 @@ impl Emitter<'_> {
         let byte = byte && (reg_is_register || matches!(rm, Rm::Reg(_)));
         self.asm.modrm(prefixes.get(), shape.wide, byte, &opcode[..count], field, rm);
         self.asm.bytes(shape.immediate());
+    }
+}
+
+/// The alignment that the memory operand of a copy must have.
+pub(super) fn alignment(step: &Step) -> usize {
+    if step.plan.class == Class::Vector {
+        return super::vector::alignment(&step.ins);
+    }
+    let locked = step.ins.has_lock_prefix() || step.ins.mnemonic() == Mnemonic::Xchg;
+    if locked {
+        step.ins.memory_size().size()
+    } else {
+        1
     }
 }
 

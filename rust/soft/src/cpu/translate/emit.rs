@@ -7,8 +7,10 @@
 //! An instruction whose fast path does not apply (`miss`) is executed whole by its handler, out of
 //! line; control comes back behind it. So nothing may be changed before the last check.
 
-use super::asm::{cc, cell, group, Asm, Label, Rm};
+use super::asm::{cc, group, Asm, Label, Rm};
 use super::classes::{plan, Class, Plan};
+use super::exits::{Cold, Miss};
+use super::group::{After, Group};
 use super::layout::{field, host::*};
 use super::link::{Exit, Site, Sites};
 use super::stubs::Stubs;
@@ -57,26 +59,6 @@ pub(super) enum Flags {
     Both,
 }
 
-/// An out-of-line execution by handler.
-pub(super) struct Miss {
-    pub from: Label,
-    /// Control comes back behind the instruction; otherwise the block is left.
-    pub back: bool,
-    pub resume: Option<Label>,
-    pub index: usize,
-    /// The flags are in RFLAGS when control comes here.
-    pub save: bool,
-    /// They must be there at `resume`.
-    pub load: bool,
-}
-
-/// A linkable exit's cold part.
-struct Cold {
-    from: Label,
-    exit: usize,
-    host: bool,
-}
-
 /// One instruction of the block.
 pub(super) struct Step {
     pub ins: Instruction,
@@ -95,22 +77,29 @@ pub(super) struct Emitter<'a> {
     pub index: usize,
     /// How far the vector registers are known to be open.
     pub opened: u8,
+    /// The block's instructions.
+    pub steps: &'a [Step],
+    /// The cold copies of groups are in work.
+    pub cold: bool,
+    pub groups: Vec<Group>,
+    /// The state behind each instruction.
+    pub after: Vec<After>,
     /// The miss label of the instruction in work, once it has one.
-    miss: Option<Label>,
+    pub miss: Option<Label>,
     pub misses: Vec<Miss>,
     pub stack_misses: Vec<super::memory::StackMiss>,
     /// What R11 is, if that is good for more.
     pub known: Option<super::near::Known>,
     pub near_misses: Vec<super::near::NearMiss>,
-    colds: Vec<Cold>,
+    pub colds: Vec<Cold>,
     /// Branches to other pages: where they miss, their sites, where they lead.
     pub far: Vec<(Label, *mut Site, i64)>,
     /// Where RETs come back to, and the page offset that is.
     pub landings: Vec<(Label, usize)>,
     /// Indirect branches that found nothing by themselves, and their exits.
     pub slow_returns: Vec<(Label, i32)>,
-    exits: Vec<Exit>,
-    first_exit: usize,
+    pub exits: Vec<Exit>,
+    pub first_exit: usize,
 }
 
 fn analyse(source: &Source, factory: &mut InstructionInfoFactory) -> Vec<Step> {
@@ -149,6 +138,10 @@ pub fn translate(
         flags: Flags::Memory,
         index: 0,
         opened: 0,
+        steps: &steps,
+        cold: false,
+        groups: Vec::new(),
+        after: Vec::with_capacity(steps.len()),
         miss: None,
         misses: Vec::new(),
         stack_misses: Vec::new(),
@@ -161,26 +154,10 @@ pub fn translate(
         exits: Vec::new(),
         first_exit,
     };
-    // Where flags are set before anything could see the old ones, both entries are one.
-    let straddles = e.source.second.is_some();
-    let counted = e.source.counted;
-    let first = steps.iter().find(|s| s.plan.clobbers_flags() || s.plan.needs_flags || s.plan.sets_flags);
-    if !straddles && !counted && first.is_some_and(|s| !s.plan.clobbers_flags() && !s.plan.needs_flags) {
-        e.flags = Flags::Host;
-    } else {
-        e.asm.save_flags(field::FLAGS);
-    }
-    let entry = e.asm.code.len();
-    e.check_second_page();
-    e.retire();
-    for (index, step) in steps.iter().enumerate() {
-        e.index = index;
-        e.miss = None;
-        let resume = e.asm.label();
-        e.step(step);
-        e.keep_known(step);
-        e.asm.place(resume);
-        e.settle_misses(index, resume);
+    let (host_entry, entry) = e.entries();
+    for index in 0..steps.len() {
+        let after = e.one(index);
+        e.after.push(after);
     }
     let last = &steps[steps.len() - 1];
     if !ends(last.plan.class) {
@@ -188,25 +165,56 @@ pub fn translate(
     }
     e.out_of_line();
     e.asm.finish();
-    Some(Piece { code: e.asm.code, host_entry: 0, entry, exits: e.exits })
-}
-
-/// Goes to page offset `target` by the jump table.
-pub fn bridge(stubs: &Stubs, origin: usize, target: u16, flags_in_host: bool) -> Vec<u8> {
-    let mut asm = Asm::new(origin);
-    asm.load(R11, cell(field::PAGE));
-    asm.lea(true, R11, Some(R11), None, target as i32);
-    asm.jump_to(if flags_in_host { stubs.direct_host } else { stubs.direct });
-    asm.code
+    Some(Piece { code: e.asm.code, host_entry, entry, exits: e.exits })
 }
 
 /// The classes that emit their own exits.
-fn ends(class: Class) -> bool {
+pub(super) fn ends(class: Class) -> bool {
     use Class::*;
     matches!(class, Jcc | Jmp | JmpIndirect | Call | CallIndirect | Ret)
 }
 
 impl Emitter<'_> {
+    /// The piece's two entries: with the flags in RFLAGS, and in the `Cpu`.
+    fn entries(&mut self) -> (usize, usize) {
+        let first = self.steps.iter().map(|s| &s.plan).find(|p| p.clobbers_flags() || p.needs_flags || p.sets_flags);
+        let fixed = self.source.second.is_some() || self.source.counted;
+        match first.filter(|plan| !fixed && !plan.clobbers_flags()) {
+            Some(plan) if plan.needs_flags => {
+                self.asm.load_flags(field::FLAGS);
+                let host_entry = self.asm.code.len();
+                self.flags = Flags::Host;
+                self.retire_quietly();
+                return (host_entry, 0);
+            }
+            Some(_) => {
+                // Flags are set before anything could see the old ones: both entries are one.
+                self.flags = Flags::Host;
+                self.retire();
+                return (0, 0);
+            }
+            None => {}
+        }
+        self.asm.save_flags(field::FLAGS);
+        let entry = self.asm.code.len();
+        self.check_second_page();
+        self.retire();
+        (0, entry)
+    }
+
+    /// Instruction `index`.
+    pub(super) fn one(&mut self, index: usize) -> After {
+        let step = &self.steps[index];
+        self.index = index;
+        self.miss = None;
+        let (label, misses) = (self.asm.label(), self.misses.len());
+        self.step(step);
+        self.keep_known(step);
+        self.asm.place(label);
+        self.settle_misses(misses, label);
+        After { label, flags: self.flags }
+    }
+
     fn step(&mut self, step: &Step) {
         match step.plan.class {
             Class::Handler => self.handler(),
@@ -271,164 +279,5 @@ impl Emitter<'_> {
             self.asm.load_flags(field::FLAGS);
             self.flags = Flags::Both;
         }
-    }
-
-    // ---- ways out ------------------------------------------------------------------------
-
-    /// Where the instruction goes when its fast path does not apply; flags are in the `Cpu` then.
-    pub(super) fn miss_label(&mut self) -> Label {
-        if let Some(label) = self.miss {
-            return label;
-        }
-        let label = self.asm.label();
-        self.miss = Some(label);
-        self.misses.push(Miss { from: label, back: true, resume: None, index: self.index, save: false, load: false });
-        label
-    }
-
-    /// The instruction is complete: its misses come back here.
-    fn settle_misses(&mut self, index: usize, here: Label) {
-        let load = self.flags != Flags::Memory;
-        for miss in self.misses.iter_mut().rev().take_while(|miss| miss.index == index) {
-            if miss.back {
-                (miss.resume, miss.load) = (Some(here), load);
-            }
-        }
-    }
-
-    fn call_out(&mut self, index: usize, stub: usize) {
-        let op: *const Op = &self.source.ops[index];
-        self.asm.load_imm64(RCX, op as usize as u64);
-        let count = self.source.ops.len();
-        self.asm.load_imm(RAX, (self.source.offset | index << 16 | count << 24) as u32);
-        self.asm.call_to(stub);
-    }
-
-    /// The instruction is its handler's.
-    pub(super) fn handler(&mut self) {
-        self.flags_to_memory();
-        self.call_out(self.index, self.stubs.call);
-        self.opened = 0;
-    }
-
-    fn out_of_line(&mut self) {
-        self.stack_out_of_line();
-        self.near_out_of_line();
-        for miss in std::mem::take(&mut self.misses) {
-            self.asm.place(miss.from);
-            if miss.save {
-                self.asm.save_flags(field::FLAGS);
-            }
-            let stub = match (miss.resume, miss.load) {
-                (None, _) => self.stubs.call_and_leave,
-                (_, true) => self.stubs.miss_with_flags,
-                (_, false) => self.stubs.miss,
-            };
-            self.call_out(miss.index, stub);
-            if let Some(resume) = miss.resume {
-                self.asm.jump(resume);
-            }
-        }
-        self.branches_out_of_line();
-        for cold in std::mem::take(&mut self.colds) {
-            self.asm.place(cold.from);
-            self.asm.load_imm(RCX, (self.first_exit + cold.exit) as u32);
-            self.asm.jump_to(if cold.host { self.stubs.link_host } else { self.stubs.link });
-        }
-    }
-
-    /// Counts the block's instructions, when the flags do not matter: at its start. Whatever leaves
-    /// it early takes the rest back.
-    fn retire(&mut self) {
-        let count = self.source.ops.len() as i32;
-        self.asm.alu_imm(true, group::ADD, cell(field::RETIRED), count);
-        if self.source.counted {
-            self.stay_within_limit(count);
-        }
-    }
-
-    /// For lockstep: goes back to the loop if the block would end beyond `Out::limit`. The flags are
-    /// in the `Cpu`.
-    fn stay_within_limit(&mut self, count: i32) {
-        let fits = self.asm.label();
-        self.asm.load(RAX, cell(field::RETIRED));
-        self.asm.alu(true, group::CMP, RAX, cell(field::LIMIT));
-        self.asm.jump_if(cc::BE, fits);
-        self.asm.alu_imm(true, group::SUB, cell(field::RETIRED), count);
-        self.address_in_code(R11, self.source.offset as i64);
-        self.asm.jump_to(self.stubs.next);
-        self.asm.place(fits);
-    }
-
-    fn fall_through(&mut self, next: usize) {
-        if self.source.linkable {
-            return self.go(next as i64);
-        }
-        self.flags_to_memory();
-        self.address_in_code(R11, next as i64);
-        self.asm.jump_to(self.stubs.direct);
-    }
-
-    /// Loads the linear address of a page offset, which may lie beyond the page.
-    pub(super) fn address_in_code(&mut self, reg: u8, offset: i64) {
-        self.known = self.known.filter(|_| reg != R11);
-        self.asm.load(reg, cell(field::PAGE));
-        self.asm.lea(true, reg, Some(reg), None, offset as i32);
-    }
-
-    fn new_link(&mut self, target: i64) -> Option<(usize, Label)> {
-        let here = (0..4096).contains(&target) && self.source.linkable;
-        here.then(|| self.link_within_page(target as u16))
-    }
-
-    /// An exit to a target in this page: its number, and a label of its cold part.
-    pub(super) fn link_within_page(&mut self, target: u16) -> (usize, Label) {
-        let (exit, from, host) = (self.exits.len(), self.asm.label(), self.flags == Flags::Host);
-        self.exits.push(Exit::Link { at: 0, target, page: self.source.page, flags_in_host: host });
-        self.colds.push(Cold { from, exit, host });
-        (exit, from)
-    }
-
-    /// The displacement just emitted is that of exit `exit`.
-    pub(super) fn link_here(&mut self, exit: usize) {
-        let here = self.asm.here() as u32 - 4;
-        if let Exit::Link { at, .. } = &mut self.exits[exit] {
-            *at = here;
-        }
-    }
-
-    /// On to a page offset; the instructions are counted already.
-    pub(super) fn go(&mut self, target: i64) {
-        let Some((exit, cold)) = self.new_link(target) else {
-            return self.go_far(target);
-        };
-        if target <= self.source.offset as i64 {
-            self.asm.load(RCX, cell(field::ATTENTION));
-            self.asm.load32(RCX, Rm::Mem(RCX, 0));
-            self.asm.skip_if_ecx_zero(5);
-            self.asm.jump(cold);
-        }
-        self.asm.jump(cold);
-        self.link_here(exit);
-    }
-
-    /// To a page offset if `condition` holds.
-    pub(super) fn go_if(&mut self, condition: u8, target: i64) -> Option<Label> {
-        let forward = target > self.source.offset as i64;
-        if let Some((exit, cold)) = forward.then(|| self.new_link(target)).flatten() {
-            self.asm.jump_if(condition, cold);
-            self.link_here(exit);
-            return None;
-        }
-        let taken = self.asm.label();
-        self.asm.jump_if(condition, taken);
-        Some(taken)
-    }
-
-    pub(super) fn indirect_exit(&mut self, popped: u32) -> i32 {
-        let from =
-            self.source.offset + self.source.ops[self.index].end as usize - self.source.ops[self.index].len as usize;
-        self.exits.push(Exit::Indirect { from: from as u16, popped });
-        (self.first_exit + self.exits.len() - 1) as i32
     }
 }

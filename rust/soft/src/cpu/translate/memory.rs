@@ -18,7 +18,7 @@
 use super::asm::{cc, cell, group, Asm, Label, Rm};
 use super::emit::{Emitter, Step};
 use super::layout::{field, host::*, GUEST_RSP};
-use super::near::Known;
+use super::near::{Known, Place};
 use crate::cpu::mmu::{Entry, ENTRIES};
 use crate::cpu::state::seg;
 use iced_x86::Register;
@@ -62,6 +62,11 @@ pub(super) fn look_up(asm: &mut Asm, miss: Label, size: usize, write: bool, alig
     asm.alu(true, group::ADD, R11, Rm::Mem(RCX, ADDEND));
 }
 
+/// RSP's and RBP's numbers.
+pub(super) const RSP_NUMBER: usize = 4;
+/// See [`RSP_NUMBER`].
+pub(super) const RBP_NUMBER: usize = 5;
+
 /// A stack access that did not meet the stack page: continued out of line.
 pub(super) struct StackMiss {
     from: Label,
@@ -72,14 +77,23 @@ pub(super) struct StackMiss {
 }
 
 impl Emitter<'_> {
-    /// R11 = host address of the memory operand. An `align` above 1 is demanded, else the access
-    /// may lie anywhere in its page.
-    pub(super) fn access(&mut self, step: &Step, size: usize, write: bool, align: usize) {
-        self.flags_to_memory();
-        let place = self.place_of(step);
-        if align == 1 && place.is_some_and(|place| self.near(place, size, write)) {
-            return;
+    /// The memory operand, by its host address in R11. An `align` above 1 is demanded, else the access
+    /// may lie anywhere in its page. The flags are where they were, or in the `Cpu`.
+    pub(super) fn access(&mut self, step: &Step, size: usize, write: bool, align: usize) -> Rm {
+        let place = self.place_at(step, self.index);
+        if let Some(place) = place.filter(|_| align == 1) {
+            if let Some(operand) = self.covered(place, size, write) {
+                return operand;
+            }
+            self.flags_to_memory();
+            if let Some(reach) = self.reach(place, size as i32, write) {
+                return self.begin_group(place, reach);
+            }
+            if self.near(place, size, write) {
+                return Rm::Mem(R11, 0);
+            }
         }
+        self.flags_to_memory();
         self.effective(step, R11, false);
         let segment = self.source.ops[self.index].seg();
         if segment == seg::FS || segment == seg::GS {
@@ -87,11 +101,13 @@ impl Emitter<'_> {
         }
         let by_rsp = step.ins.memory_base() == Register::RSP && step.ins.memory_index() == Register::None;
         if by_rsp && size <= 8 && size.is_power_of_two() && align == 1 && segment == seg::SS {
-            return self.stack_access(size, write);
+            self.stack_access(size, write);
+            return Rm::Mem(R11, 0);
         }
         let miss = self.miss_label();
         look_up(&mut self.asm, miss, size, write, align);
-        self.known = place.map(|place| Known { place, write });
+        self.known = place.map(|place| Known { place, write, group: None });
+        Rm::Mem(R11, 0)
     }
 
     fn stack_access(&mut self, size: usize, write: bool) {
@@ -116,11 +132,33 @@ impl Emitter<'_> {
         }
     }
 
-    /// R11 = host address of `[base + displacement]`.
-    pub(super) fn check(&mut self, base: u8, displacement: i32, size: usize, write: bool) {
+    /// Jumps to `failed` unless the `span` bytes at R11 lie in the stack page; R11 becomes the host's address.
+    pub(super) fn stack_span(&mut self, failed: Label, span: usize) {
+        self.asm.load(RAX, Rm::Reg(R11));
+        self.asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096);
+        self.asm.alu(true, group::CMP, RAX, cell(field::STACK_PAGE));
+        self.asm.jump_if(cc::NE, failed);
+        self.asm.lea(false, RAX, Some(R11), None, span as i32 - 1);
+        self.asm.alu(false, group::XOR, RAX, Rm::Reg(R11));
+        self.asm.alu_imm(false, group::AND, Rm::Reg(RAX), -4096);
+        self.asm.jump_if(cc::NE, failed);
+        self.asm.alu(true, group::ADD, R11, cell(field::STACK_ADDEND));
+    }
+
+    /// The quadword at `[base + displacement]`, where the guest's stack is. The flags are where they were, or in
+    /// the `Cpu`.
+    pub(super) fn check(&mut self, guest: usize, displacement: i32, write: bool) -> Rm {
+        let place = Place { base: guest, displacement };
+        if let Some(operand) = self.covered(place, 8, write) {
+            return operand;
+        }
         self.flags_to_memory();
-        self.asm.lea(true, R11, Some(base), None, displacement);
-        self.stack_access(size, write);
+        if let Some(reach) = self.reach(place, 8, write) {
+            return self.begin_group(place, reach);
+        }
+        self.load_place(place);
+        self.stack_access(8, write);
+        Rm::Mem(R11, 0)
     }
 
     pub(super) fn move_rsp(&mut self, by: i32) {
@@ -128,44 +166,44 @@ impl Emitter<'_> {
     }
 
     pub(super) fn push(&mut self, step: &Step) {
-        self.check(GUEST_RSP, -8, 8, true);
+        let top = self.check(RSP_NUMBER, -8, true);
         let Some(guest) = step.plan.operands[0].and_then(|o| o.gpr()) else { return };
         match super::shape::home(guest) {
-            Rm::Reg(reg) => self.asm.store(Rm::Mem(R11, 0), reg),
+            Rm::Reg(reg) => self.asm.store(top, reg),
             slot => {
                 self.asm.load(RAX, slot);
-                self.asm.store(Rm::Mem(R11, 0), RAX);
+                self.asm.store(top, RAX);
             }
         }
         self.move_rsp(-8);
     }
 
     pub(super) fn push_memory(&mut self, step: &Step) {
-        self.access(step, 8, false, 1);
-        self.asm.load(RAX, Rm::Mem(R11, 0));
+        let operand = self.access(step, 8, false, 1);
+        self.asm.load(RAX, operand);
         // RIP is nobody's while translated code runs.
         self.asm.store(cell(field::RIP), RAX);
-        self.check(GUEST_RSP, -8, 8, true);
+        let top = self.check(RSP_NUMBER, -8, true);
         self.asm.load(RAX, cell(field::RIP));
-        self.asm.store(Rm::Mem(R11, 0), RAX);
+        self.asm.store(top, RAX);
         self.move_rsp(-8);
     }
 
     pub(super) fn push_immediate(&mut self, step: &Step) {
-        self.check(GUEST_RSP, -8, 8, true);
-        self.asm.store_imm(8, Rm::Mem(R11, 0), step.ins.immediate(0) as i32);
+        let top = self.check(RSP_NUMBER, -8, true);
+        self.asm.store_imm(8, top, step.ins.immediate(0) as i32);
         self.move_rsp(-8);
     }
 
     pub(super) fn pop(&mut self, step: &Step) {
-        self.check(GUEST_RSP, 0, 8, false);
+        let top = self.check(RSP_NUMBER, 0, false);
         let Some(guest) = step.plan.operands[0].and_then(|o| o.gpr()) else { return };
         // POP RSP: what was loaded wins.
         self.move_rsp(8);
         match super::shape::home(guest) {
-            Rm::Reg(reg) => self.asm.load(reg, Rm::Mem(R11, 0)),
+            Rm::Reg(reg) => self.asm.load(reg, top),
             slot => {
-                self.asm.load(RAX, Rm::Mem(R11, 0));
+                self.asm.load(RAX, top);
                 self.asm.store(slot, RAX);
             }
         }

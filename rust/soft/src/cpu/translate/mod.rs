@@ -9,10 +9,10 @@
 //! |---|---|---|
 //! | decode | `shape.rs` | an encoding taken apart |
 //! | analyse | `classes.rs`, `vector.rs` | what is done with an instruction, what it does to the flags |
-//! | emit | `emit.rs`; `copies.rs`, `moves.rs`, `memory.rs`, `near.rs`, `branch.rs`, `system.rs` | host code, by `asm.rs` |
+//! | emit | `emit.rs`; `copies.rs`, `moves.rs`, `memory.rs`, `near.rs`, `group.rs`, `branch.rs`, `system.rs`, `exits.rs` | host code, by `asm.rs` |
 //! | link | `link.rs`, `run.rs` | pieces joined together, and the loop around them |
 //!
-//! `layout.rs` says where registers and fields are, `stubs.rs` and `doors.rs` hold the fixed pieces of code.
+//! `layout.rs` says where registers and fields are, `stubs.rs`, `lookups.rs` and `doors.rs` hold the fixed pieces of code.
 
 pub mod asm;
 mod branch;
@@ -21,8 +21,11 @@ mod copies;
 mod doors;
 pub mod dump;
 mod emit;
+mod exits;
+mod group;
 pub mod layout;
 pub(crate) mod link;
+mod lookups;
 mod memory;
 mod moves;
 mod near;
@@ -280,7 +283,7 @@ impl Translator {
     /// is not the same wherever that page is mapped.
     fn bridge(&mut self, target: u16, flags_in_host: bool) -> Option<u32> {
         let origin = self.writer.position();
-        let code = emit::bridge(&self.stubs, origin, target, flags_in_host);
+        let code = exits::bridge(&self.stubs, origin, target, flags_in_host);
         self.writer.push(&code)?;
         Some(origin as u32)
     }

@@ -4,6 +4,7 @@ use super::asm::{cc, cell, group, Rm};
 use super::copies::Back;
 use super::emit::{Emitter, Step};
 use super::layout::{field, host::*, GUEST_RAX, GUEST_RBP, GUEST_RSP};
+use super::memory::RBP_NUMBER;
 use super::shape::home;
 use crate::cpu::op::{ADDR16, ADDR32};
 use iced_x86::{Mnemonic, Register};
@@ -43,31 +44,32 @@ impl Emitter<'_> {
         match (operand.size, to) {
             (4 | 8, Rm::Reg(reg)) => self.effective(step, reg, operand.size == 4),
             (4 | 8, _) => {
-                self.effective(step, R11, operand.size == 4);
-                self.asm.store(to, R11);
+                self.effective(step, RAX, operand.size == 4);
+                self.asm.store(to, RAX);
             }
             _ => {
-                self.effective(step, R11, false);
-                self.asm.modrm(&[0x66], false, false, &[0x89], R11, to);
+                self.effective(step, RAX, false);
+                self.asm.modrm(&[0x66], false, false, &[0x89], RAX, to);
             }
         }
     }
 
-    /// The effective address into `to`, which may be one of the address's registers. Destroys RCX
-    /// and R11, no flags.
+    /// The effective address into `to`, which may be one of the address's registers. Destroys RCX, and RAX where
+    /// `to` is not R11; no flags.
     pub(super) fn effective(&mut self, step: &Step, to: u8, narrow: bool) {
         let ins = &step.ins;
-        self.known = self.known.filter(|_| to != R11 && ins.memory_base() != Register::RIP);
+        let scratch = if to == R11 { R11 } else { RAX };
+        self.known = self.known.filter(|_| to != R11);
         let op = &self.source.ops[self.index];
         let wide = !narrow && op.flags & (ADDR32 | ADDR16) == 0;
         let displacement = ins.memory_displacement64() as i64 as i32;
         if ins.memory_base() == Register::RIP {
-            self.asm.load(R11, cell(field::PAGE));
-            return self.asm.lea(wide, to, Some(R11), None, displacement);
+            self.asm.load(scratch, cell(field::PAGE));
+            return self.asm.lea(wide, to, Some(scratch), None, displacement);
         }
         let guest = |r: Register| (r != Register::None).then(|| home(r.full_register().number()));
         let scale = ins.memory_index_scale().trailing_zeros() as u8;
-        let base = guest(ins.memory_base()).map(|slot| self.in_register(slot, R11));
+        let base = guest(ins.memory_base()).map(|slot| self.in_register(slot, scratch));
         let index = guest(ins.memory_index()).map(|slot| (self.in_register(slot, RCX), scale));
         self.asm.lea(wide, to, base, index, displacement);
     }
@@ -107,8 +109,7 @@ impl Emitter<'_> {
     /// The operand of a one-operand instruction.
     pub(super) fn only_operand(&mut self, step: &Step) -> Rm {
         if step.plan.memory.is_some() {
-            self.access(step, step.ins.memory_size().size(), false, 1);
-            return Rm::Mem(R11, 0);
+            return self.access(step, step.ins.memory_size().size(), false, 1);
         }
         let guest = step.plan.operands[0].and_then(|o| o.gpr());
         guest.map_or(Rm::Reg(GUEST_RAX), home)
@@ -152,8 +153,7 @@ impl Emitter<'_> {
     pub(super) fn cmpxchg(&mut self, step: &Step) {
         let memory = step.plan.memory.map(|_| {
             let size = step.ins.memory_size().size();
-            self.access(step, size, true, if step.ins.has_lock_prefix() { size } else { 1 });
-            Rm::Mem(R11, 0)
+            self.access(step, size, true, if step.ins.has_lock_prefix() { size } else { 1 })
         });
         let (Some(source), Some(destination)) = (step.plan.operands[1], step.plan.operands[0]) else { return };
         let (target, slot) = match memory {
@@ -176,8 +176,8 @@ impl Emitter<'_> {
     }
 
     pub(super) fn leave_frame(&mut self) {
-        self.check(GUEST_RBP, 0, 8, false);
+        let frame = self.check(RBP_NUMBER, 0, false);
         self.asm.lea(true, GUEST_RSP, Some(GUEST_RBP), None, 8);
-        self.asm.load(GUEST_RBP, Rm::Mem(R11, 0));
+        self.asm.load(GUEST_RBP, frame);
     }
 }

@@ -11,25 +11,24 @@
 //! Where the handler did the instruction before, R11 is -1: any distance forward leaves that page, and those
 //! back look at the sign. What was checked for stores may be loaded from, not the other way round.
 
-use super::asm::{cc, cell, group, Label, Rm};
+use super::asm::{cc, group, Label, Rm};
 use super::classes::Class;
 use super::emit::{Emitter, Step};
-use super::layout::{field, host::*};
-use super::shape::home;
+use super::group::{flat, moved, Move};
+use super::layout::host::*;
 use crate::cpu::op::{ADDR16, ADDR32};
-use crate::cpu::state::seg;
 use iced_x86::Register;
 
 /// The base that stands for RIP; its displacements are page offsets.
-const PAGE: usize = 16;
+pub(super) const PAGE: usize = 16;
 /// Sign.
 const S: u8 = 8;
 
 /// An address by a base register, which is nothing but base and displacement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
-    base: usize,
-    displacement: i32,
+    pub base: usize,
+    pub displacement: i32,
 }
 
 /// What R11 is the host's address of.
@@ -38,6 +37,8 @@ pub(super) struct Known {
     pub place: Place,
     /// Stores are allowed there.
     pub write: bool,
+    /// The group whose check this was, and how many bytes from there on it covered.
+    pub group: Option<(usize, i32)>,
 }
 
 /// An access that turned out not to be near.
@@ -52,14 +53,10 @@ pub(super) struct NearMiss {
 
 impl Emitter<'_> {
     /// The operand's address, if it is so simple.
-    pub(super) fn place_of(&self, step: &Step) -> Option<Place> {
+    pub(super) fn place_at(&self, step: &Step, index: usize) -> Option<Place> {
         let ins = &step.ins;
-        let op = &self.source.ops[self.index];
-        let segment = op.seg();
-        let plain = ins.memory_index() == Register::None
-            && op.flags & (ADDR32 | ADDR16) == 0
-            && segment != seg::FS
-            && segment != seg::GS;
+        let op = &self.source.ops[index];
+        let plain = ins.memory_index() == Register::None && op.flags & (ADDR32 | ADDR16) == 0 && flat(op.seg());
         let base = match ins.memory_base() {
             Register::RIP => PAGE,
             base if base.is_gpr64() => base.number(),
@@ -70,7 +67,10 @@ impl Emitter<'_> {
 
     /// R11 moves on to `place`, if it can be so: `false` where it must be looked up.
     pub(super) fn near(&mut self, place: Place, size: usize, write: bool) -> bool {
-        let Some(known) = self.known.filter(|known| known.place.base == place.base && (known.write || !write)) else {
+        let Some(known) = self
+            .known
+            .filter(|known| known.group.is_none() && known.place.base == place.base && (known.write || !write))
+        else {
             return false;
         };
         let distance = place.displacement as i64 - known.place.displacement as i64;
@@ -106,14 +106,7 @@ impl Emitter<'_> {
     pub(super) fn near_out_of_line(&mut self) {
         for NearMiss { from, back, miss, place, size, write } in std::mem::take(&mut self.near_misses) {
             self.asm.place(from);
-            let base = if place.base == PAGE { cell(field::PAGE) } else { home(place.base) };
-            match base {
-                Rm::Reg(reg) => self.asm.lea(true, R11, Some(reg), None, place.displacement),
-                slot => {
-                    self.asm.load(R11, slot);
-                    self.asm.lea(true, R11, Some(R11), None, place.displacement);
-                }
-            }
+            self.load_place(place);
             self.asm.call_to(self.stubs.access[write as usize][size.trailing_zeros() as usize]);
             self.asm.jump_if(cc::E, back);
             self.asm.jump(miss);
@@ -123,11 +116,17 @@ impl Emitter<'_> {
     /// After an instruction: whether R11 is still what it was, and the base too.
     pub(super) fn keep_known(&mut self, step: &Step) {
         use Class::*;
-        let Some(Known { place, .. }) = self.known else { return };
-        let simple = matches!(step.plan.class, Copy | Vector | MovImmediate | Lea | Nothing | Carry);
-        let moved = step.plan.operands.iter().flatten().any(|o| o.written && o.gpr() == Some(place.base));
-        if !simple || moved {
-            self.known = None;
+        let Some(known) = &mut self.known else { return };
+        let keeps = matches!(
+            step.plan.class,
+            Copy | Vector | MovImmediate | Lea | Nothing | Carry | Widen | Spread | Push | PushImmediate | Pop
+        );
+        match moved(step, known.place.base) {
+            Move::By(distance) if keeps => match known.place.displacement.checked_sub(distance) {
+                Some(displacement) => known.place.displacement = displacement,
+                None => self.known = None,
+            },
+            _ => self.known = None,
         }
     }
 }

@@ -1,12 +1,11 @@
-//! The fixed pieces at the start of a code region: ways in and out, calls of handlers, the jump
-//! table's look-up, and the doors of the vector registers.
+//! The fixed pieces at the start of a code region: ways in and out, calls of handlers. `lookups.rs` and `doors.rs`
+//! have the others.
 //!
 //! Translated code runs with RSP aligned to 16 bytes, so that a stub it calls may call Rust after
 //! moving RSP by 8. At every call-out the flags are in the `Cpu`.
 
 use super::asm::{cc, cell, group, Asm, Label, Rm};
 use super::layout::{field, host::*, BIAS, HOME};
-use super::link::{jump, site, JUMPS};
 use crate::cpu::state::CodeSize;
 use crate::host::fpstate::MXCSR_INIT;
 
@@ -66,12 +65,12 @@ const SAVED: [u8; 6] = [RBX, RBP, R12, R13, R14, R15];
 pub(super) struct Builder {
     pub asm: Asm,
     /// Stores registers, closes vectors, returns with the reason in EAX.
-    leave: Label,
+    pub leave: Label,
     /// The same, registers being stored.
     leave_stored: Label,
     pub close: Label,
     /// On to R11.
-    direct: Label,
+    pub direct: Label,
     pub open: [Label; 4],
 }
 
@@ -115,36 +114,6 @@ enum Kind {
 
 fn homes() -> impl Iterator<Item = (u8, Rm)> {
     HOME.iter().enumerate().filter_map(|(guest, home)| home.map(|h| (h, cell(field::register(guest)))))
-}
-
-/// RAX = the entry of the jump table for linear address R11, which holds now. Changes RCX.
-pub(super) fn look_up_jump(asm: &mut Asm, miss: Label) {
-    let entry = |offset: usize| Rm::Mem(RAX, offset as i32);
-    asm.load(RCX, cell(field::ATTENTION));
-    asm.alu_imm(false, group::CMP, Rm::Mem(RCX, 0), 0);
-    asm.jump_if(cc::NE, miss);
-    asm.load32(RAX, Rm::Reg(R11));
-    asm.shift(false, 5, RAX, 12);
-    asm.alu(false, group::XOR, RAX, Rm::Reg(R11));
-    asm.alu_imm(false, group::AND, Rm::Reg(RAX), JUMPS as i32 - 1);
-    asm.shift(false, 4, RAX, jump::SHIFT);
-    asm.alu(true, group::ADD, RAX, cell(field::JUMPS));
-    asm.alu(true, group::CMP, R11, entry(jump::LINEAR));
-    asm.jump_if(cc::NE, miss);
-    asm.load32(RCX, cell(field::CONTEXT));
-    asm.alu(false, group::CMP, RCX, entry(jump::CONTEXT));
-    asm.jump_if(cc::NE, miss);
-    asm.load(RCX, entry(jump::WORD));
-    asm.load32(RCX, Rm::Mem(RCX, 4));
-    asm.alu(false, group::CMP, RCX, entry(jump::GENERATION));
-    asm.jump_if(cc::NE, miss);
-}
-
-/// On to the code of RAX's entry.
-pub(super) fn enter_jump(asm: &mut Asm) {
-    asm.alu_imm(true, group::AND, Rm::Reg(R11), -4096);
-    asm.store(cell(field::PAGE), R11);
-    asm.modrm(&[], false, false, &[0xff], 4, Rm::Mem(RAX, jump::CODE as i32)); // jmp [entry.code]
 }
 
 impl Builder {
@@ -315,106 +284,6 @@ impl Builder {
         self.asm.store(cell(field::RIP), R11);
         self.asm.load_imm(RAX, reason::NEXT);
         self.asm.jump(self.leave);
-        start
-    }
-
-    /// R11 is a linear address: on to its code, if the jump table has it and nobody wants attention.
-    fn look_up(&mut self, missed: u32) -> (usize, usize) {
-        let host = self.align();
-        self.asm.save_flags(field::FLAGS);
-        let start = self.asm.here();
-        if missed == reason::NEXT {
-            self.asm.place(self.direct);
-        }
-        let miss = self.asm.label();
-        look_up_jump(&mut self.asm, miss);
-        enter_jump(&mut self.asm);
-        self.asm.place(miss);
-        self.missed(missed);
-        (host, start)
-    }
-
-    fn missed(&mut self, missed: u32) {
-        self.asm.store(cell(field::RIP), R11);
-        self.asm.load_imm(RAX, missed);
-        self.asm.jump(self.leave);
-    }
-
-    /// As `direct`, and the site keeps what is found.
-    fn far(&mut self) -> usize {
-        let start = self.align();
-        let miss = self.asm.label();
-        look_up_jump(&mut self.asm, miss);
-        self.asm.load(RCX, cell(field::SITE));
-        self.asm.alu_imm(true, group::AND, Rm::Reg(R11), -4096);
-        self.asm.store(Rm::Mem(RCX, site::TO), R11);
-        self.asm.load(R11, cell(field::PAGE));
-        self.asm.store(Rm::Mem(RCX, site::FROM), R11);
-        for (from, to) in [(jump::CONTEXT, site::CONTEXT), (jump::GENERATION, site::GENERATION)] {
-            self.asm.load32(R11, Rm::Mem(RAX, from as i32));
-            self.asm.store32(Rm::Mem(RCX, to), R11);
-        }
-        for (from, to) in [(jump::WORD, site::WORD), (jump::CODE, site::CODE)] {
-            self.asm.load(R11, Rm::Mem(RAX, from as i32));
-            self.asm.store(Rm::Mem(RCX, to), R11);
-        }
-        self.asm.load(R11, Rm::Mem(RCX, site::TO));
-        self.asm.store(cell(field::PAGE), R11);
-        self.asm.modrm(&[], false, false, &[0xff], 4, Rm::Mem(RAX, jump::CODE as i32));
-        self.asm.place(miss);
-        self.missed(reason::NEXT);
-        start
-    }
-
-    /// See [`Stubs::access`].
-    fn access(&mut self, size: usize, write: bool) -> usize {
-        let start = self.align();
-        let miss = self.asm.label();
-        super::memory::look_up(&mut self.asm, miss, size, write, 1);
-        self.asm.alu(false, group::XOR, RAX, Rm::Reg(RAX));
-        self.asm.place(miss);
-        self.ret();
-        start
-    }
-
-    /// See [`Stubs::stack`]; `fill` makes the page of R11 the stack page.
-    fn stack_access(&mut self, fill: usize, size: usize, write: bool) -> usize {
-        let start = self.align();
-        let (crossing, done) = (self.asm.label(), self.asm.label());
-        if size > 1 {
-            // An access that crosses into the next page must not take this page's address.
-            self.asm.load32(RAX, Rm::Reg(R11));
-            self.asm.alu_imm(false, group::AND, Rm::Reg(RAX), size as i32 - 1);
-            self.asm.jump_if(cc::NE, crossing);
-        }
-        self.asm.call_to(fill);
-        self.asm.jump_if(cc::E, done);
-        self.asm.place(crossing);
-        super::memory::look_up(&mut self.asm, done, size, write, 1);
-        self.asm.alu(false, group::XOR, RAX, Rm::Reg(RAX));
-        self.asm.place(done);
-        self.ret();
-        start
-    }
-
-    fn stack(&mut self) -> usize {
-        let start = self.align();
-        let no = self.asm.label();
-        super::memory::find_entry(&mut self.asm);
-        self.asm.load(RAX, Rm::Reg(R11));
-        self.asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096);
-        self.asm.alu(true, group::OR, RAX, cell(field::ASID));
-        self.asm.alu(true, group::CMP, RAX, Rm::Mem(RCX, super::memory::WRITE_TAG));
-        self.asm.jump_if(cc::NE, no);
-        self.asm.load(RCX, Rm::Mem(RCX, super::memory::ADDEND));
-        self.asm.store(cell(field::STACK_ADDEND), RCX);
-        self.asm.load(RAX, Rm::Reg(R11));
-        self.asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096);
-        self.asm.store(cell(field::STACK_PAGE), RAX);
-        self.asm.alu(true, group::ADD, R11, Rm::Reg(RCX));
-        self.asm.alu(false, group::XOR, RAX, Rm::Reg(RAX));
-        self.asm.place(no);
-        self.ret();
         start
     }
 }

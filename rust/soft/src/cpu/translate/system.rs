@@ -4,7 +4,8 @@
 
 use super::asm::{cc, cell, group, Rm};
 use super::emit::{Emitter, Flags};
-use super::layout::{field, host::*, GUEST_RSP};
+use super::layout::{field, host::*};
+use super::memory::RSP_NUMBER;
 use crate::cpu::state::{rflags, seg};
 
 /// What POPF at CPL 0 changes with consequences, or rarely.
@@ -43,7 +44,8 @@ impl Emitter<'_> {
     }
 
     pub(super) fn push_flags(&mut self) {
-        self.check(GUEST_RSP, -8, 8, true);
+        let top = self.check(RSP_NUMBER, -8, true);
+        self.flags_to_memory();
         self.asm.load_short(1, RAX, cell(field::FLAGS));
         self.asm.shift(false, 4, RAX, 11);
         // The image's other byte is as LAHF has it, with bit 1 set.
@@ -51,7 +53,7 @@ impl Emitter<'_> {
         self.asm.alu(false, group::OR, RAX, Rm::Reg(RCX));
         self.asm.alu(false, group::OR, RAX, cell(field::SYS_FLAGS));
         self.asm.alu_imm(false, group::AND, Rm::Reg(RAX), !((rflags::VM | rflags::RF) as i32));
-        self.asm.store(Rm::Mem(R11, 0), RAX);
+        self.asm.store(top, RAX);
         self.move_rsp(-8);
     }
 
@@ -62,9 +64,9 @@ impl Emitter<'_> {
         self.flags_to_memory();
         self.need_cpl0();
         self.need_nothing_held();
-        self.check(GUEST_RSP, 0, 8, false);
+        let top = self.check(RSP_NUMBER, 0, false);
         let miss = self.miss_label();
-        self.asm.load(R11, Rm::Mem(R11, 0));
+        self.asm.load(R11, top);
         self.asm.load32(RAX, Rm::Reg(R11));
         self.asm.alu(false, group::XOR, RAX, cell(field::SYS_FLAGS));
         self.asm.modrm(&[], false, false, &[0xf7], 0, Rm::Reg(RAX)); // test eax, imm32

@@ -161,6 +161,45 @@ fn test_translate_high_bytes_are_read_and_written_as_interpreted() {
     both(&code, |bench| bench.cpu.regs[..4].copy_from_slice(&[0x1122_3344, 0x5566_7788, 0x99aa_bbcc, 0xddee_ff01]));
 }
 
+// ---- groups (`group.rs`): the first turn finds no TLB entry, later ones do unless two pages are met -----------------
+
+#[test]
+fn test_translate_group_with_live_flags_and_a_moving_base_is_the_interpreters() {
+    // mov r14d, 4; l: stc; mov rax, [rbx]; adc rax, [rbx+8]; mov [rbx+16], rax; add rbx, 8; adc rcx, [rbx+16];
+    // movups xmm1, [rbx-8]; paddd xmm1, xmm1; movups [rbx+8], xmm1; dec r14d; jnz l; ud2
+    let code = [
+        0x41, 0xbe, 4, 0, 0, 0, 0xf9, 0x48, 0x8b, 3, 0x48, 0x13, 0x43, 8, 0x48, 0x89, 0x43, 0x10, 0x48, 0x83, 0xc3, 8,
+        0x48, 0x13, 0x4b, 0x10, 0x0f, 0x10, 0x4b, 0xf8, 0x66, 0x0f, 0xfe, 0xc9, 0x0f, 0x11, 0x4b, 8, 0x41, 0xff, 0xce,
+        0x75, 0xdb, 0x0f, 0x0b,
+    ];
+    for start in [0x2_0800u64, 0x2_0fc8, 0x2_0fd0, 0x2_0fe3, 0x2_0ff1, 0x2_0ff8, 0x2_1000] {
+        let prepare = |bench: &mut Bench| {
+            for index in 0..0x600u64 {
+                bench.load(0x2_0000 + 8 * index, &(index * 0x0101_0101_0107).to_le_bytes());
+            }
+            bench.cpu.regs[3] = start;
+        };
+        let (mut interpreted, translated) = (bench(&code, 0), both(&code, prepare));
+        prepare(&mut interpreted);
+        assert_eq!(interpreted.cpu.run_raw(1000), Err(Stop::Fault));
+        assert!((0..0x600).all(|index| interpreted.word(0x2_0000 + 8 * index) == translated.word(0x2_0000 + 8 * index)));
+    }
+}
+
+#[test]
+fn test_translate_group_on_the_stack_is_the_interpreters_even_across_pages() {
+    // mov r14d, 4; l: stc; push rax; adc rdx, 1; push rbx; call c; pop rcx; pop r8; dec r14d; jnz l; ud2
+    // c: pop rsi; adc rdx, [rsp]; mov [rsp-16], rdx; mov rdi, [rsp-16]; push rsi; adc rdi, r8; ret
+    let code = [
+        0x41, 0xbe, 4, 0, 0, 0, 0xf9, 0x50, 0x48, 0x83, 0xd2, 1, 0x53, 0xe8, 0x0a, 0, 0, 0, 0x59, 0x41, 0x58, 0x41,
+        0xff, 0xce, 0x75, 0xec, 0x0f, 0x0b, 0x5e, 0x48, 0x13, 0x14, 0x24, 0x48, 0x89, 0x54, 0x24, 0xf0, 0x48, 0x8b,
+        0x7c, 0x24, 0xf0, 0x56, 0x4c, 0x11, 0xc7, 0xc3,
+    ];
+    for stack in [0x8000u64, 0x8800, 0x9008, 0x9010, 0x9013, 0x901c] {
+        both(&code, |bench| (bench.cpu.regs[4], bench.cpu.regs[0]) = (stack, 0x1234));
+    }
+}
+
 // ---- AVX: on hosts that lack it the interpreter has no such instruction either --------------------------------------
 
 const PATTERN: [u8; 32] = *b"the lower half..the upper half..";
