@@ -13,7 +13,7 @@ from ostler.accel.fitting import missing_features
 from ostler.accel.models import model
 from ostler.accel.probe import KvmState, probe_kvm
 from ostler.errors import AccelUnavailable
-from tests.accel.deviations import QEMU_SVM, host_is_qemus_emulation, table_key
+from tests.accel.deviations import QEMU_SVM, QEMU_SVM_AT_TIMES, host_is_qemus_emulation, table_key
 from tests.accel.lab import Machine
 
 ACCELERATORS = ("kvm", "soft")
@@ -78,9 +78,11 @@ def _expect_known_deviations(request: pytest.FixtureRequest) -> None:
     if "lab" not in request.fixturenames:
         return
     tested: Lab = request.getfixturevalue("lab")
-    reason = QEMU_SVM.get(table_key(request.node.nodeid, tested.name)) if tested.emulated_svm else None
-    if reason is not None:
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    if tested.emulated_svm:
+        key = table_key(request.node.nodeid, tested.name)
+        for table, strict in ((QEMU_SVM, True), (QEMU_SVM_AT_TIMES, False)):
+            if key in table:
+                request.applymarker(pytest.mark.xfail(reason=table[key], strict=strict))
     marker = request.node.get_closest_marker("emulated_kvm_deviates")
     if marker is not None and tested.emulated_kvm:
         request.applymarker(pytest.mark.xfail(reason=marker.args[0], strict=True))

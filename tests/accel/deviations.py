@@ -73,6 +73,14 @@ QEMU_SVM: dict[str, str] = {
     ),
 }  # fmt: skip
 
+# What comes and goes, with the reason seen: no more than these few tests, which real processors and `soft` must pass.
+QEMU_SVM_AT_TIMES: dict[str, str] = {
+    "test_transfers.py::test_sysenter_from_compatibility_mode_and_sysexit_to_64_bits": (
+        "QEMU's SYSENTER leaves CS with L and D both set, which its VMRUN refuses: seen as FAIL_ENTRY where an exit "
+        "comes before CS is loaded anew (14 of 668 runs)"
+    ),
+}
+
 
 def host_is_qemus_emulation() -> bool:
     """Whether this Linux runs on a processor that QEMU emulates: that is what gives itself such names."""
