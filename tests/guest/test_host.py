@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ class Service:
             self._process.stderr.close()
         return self._process.wait()
 
+    def kill(self) -> None:
+        """If a test left it."""
+        if self._process is not None and self._process.poll() is None:
+            self.end(signal.SIGKILL)
+
 
 @pytest.fixture
 def service(
@@ -54,6 +60,7 @@ def service(
     monkeypatch.setenv("OSTLER_RUNTIME", str(tmp_path_factory.mktemp("r")))
     made = Service(tmp_path)
     yield made
+    made.kill()
     for entry in runtime.entries():
         guests.remove(entry, force=True)
     pool.stop()
@@ -103,3 +110,40 @@ def test_guests_start_in_order_survive_the_service_and_end_in_reverse(service: S
     assert [entry.name for entry in runtime.entries() if entry.is_running()] == ["cache"]
     with Client() as nobody, pytest.raises(OstlerError, match="does `ostler host serve` run"):
         nobody.get("/healthz")
+
+
+def test_host_short_of_memory_takes_back_what_a_guest_can_spare_and_forks_are_admitted(
+    service: Service, tmp_path: Path
+) -> None:
+    (tmp_path / "state").mkdir()
+    # However much is available, it is less than this.
+    (tmp_path / "state" / "host.toml").write_text('relief = { below = "900000G" }\n[capacity]\nmemory = "700M"\n')
+    with service.start() as client:
+        client.post("/v1/guests", {"definition": {**GUEST, "name": "db", "command": ["sleep", "9999"]}})
+        client.wait(client.post("/v1/guests/db/start"))
+
+        relieved = _relief_of(client, "db")
+
+        assert relieved["refused"] == {}
+        assert [*relieved["steps"]] == ["reporting", "balloon"]
+        held = relieved["steps"]["balloon"]["db"]["held_bytes"]
+        assert held > 16 << 20
+        assert client.get("/v1/guests/db/stats", raw="true")["raw"]["balloon"]["held_bytes"] >= held
+        with pytest.raises(OstlerError, match="memory: asked 320 MiB, 60 MiB left of 700 MiB"):
+            client.post("/v1/guests/db/fork", {"name": "more", "count": 2})
+        forked = client.wait(client.post("/v1/guests/db/fork", {"name": "one"}))
+        assert forked.result is not None
+        assert forked.result["children"] == ["one"]
+        assert states(client) == {"db": "running", "one": "running"}
+
+
+def _relief_of(client: Client, guest: str) -> dict[str, Any]:
+    """The event of it; the service looks every few seconds."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for each in client.get("/v1/events")["events"]:
+            data: dict[str, Any] = each["data"]
+            if data.get("what") == "memory-relieved" and guest in data["steps"].get("balloon", {}):
+                return data
+        time.sleep(0.5)
+    raise AssertionError(f"nothing was taken from {guest}")

@@ -93,8 +93,7 @@ def show_guest(name: Name, service: TheService) -> GuestDetail:
             facts = service.host.ask(name, "inspect", timeout_s=5.0)
         except Exception:
             facts = {}
-    table = guest.definition.table if guest.definition is not None else None
-    return GuestDetail(guest=guest.view(), definition=table, facts=facts)
+    return GuestDetail(guest=guest.view(), definition=guest.table, facts=facts)
 
 
 @operation(router, "DELETE", "/v1/guests/{name}", Role.ADMIN, status=204, problems=_ASKED)

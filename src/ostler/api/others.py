@@ -132,7 +132,13 @@ def remove_snapshot(name: Name) -> Response:
 
 
 @operation(
-    router, "POST", "/v1/snapshots/{name}/restore", Role.OPERATOR, status=202, model=JobView, problems=(404, 409, 507)
+    router,
+    "POST",
+    "/v1/snapshots/{name}/restore",
+    Role.OPERATOR,
+    status=202,
+    model=JobView,
+    problems=(404, 409, 502, 507),
 )
 def restore_snapshot(
     name: Name, wish: RestoreWish, service: TheService, caller: TheCaller, response: Response

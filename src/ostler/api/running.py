@@ -28,6 +28,7 @@ from ostler.hostd.launcher import ProcessLauncher
 from ostler.hostd.models import Role
 from ostler.hostd.notify import notify
 from ostler.hostd.opening import Looking, open_host
+from ostler.hostd.pressure import Pressure
 from ostler.hostd.sampling import Recorder
 from ostler.hostd.stats import Statistics
 from ostler.planning import history as usage
@@ -101,6 +102,7 @@ def open_service(
     statistics = Statistics(host)
     audit = stack.enter_context(closing(Audit(state)))
     stack.enter_context(Looking(host))
+    stack.enter_context(Pressure(host, said.relief))
     stack.enter_context(Recorder(state / usage.FILE, statistics.sample))
     return Service(
         host=host, access=Access(host.store), audit=audit, statistics=statistics, inventory=found, peers=peers,

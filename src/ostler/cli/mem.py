@@ -88,7 +88,8 @@ def _relieve(entries: list[Entry], wanted: str, steps: str, *, as_json: bool) ->
     if as_json:
         print_json(report)
         return
-    rows = [(name, size(before), size(report["after"][name])) for name, before in report["before"].items()]
+    after = report["after"]
+    rows = [(name, size(before), size(after[name])) for name, before in report["before"].items() if name in after]
     print_table(("NAME", "BEFORE", "AFTER"), rows)
     common = f"; {size(report['common_bytes'])} are common to them now" if report["common_bytes"] else ""
     sys.stdout.write(f"the host has {size(max(report['freed_bytes'], 0))} back{common}\n")

@@ -13,10 +13,10 @@ import fcntl
 import os
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ostler.client import guests
 from ostler.errors import BadRequest, OstlerError
@@ -31,7 +31,8 @@ MAX_RUNS = 20_000
 KSM_RUN, MEMINFO = Path("/sys/kernel/mm/ksm/run"), Path("/proc/meminfo")
 # What a guest keeps of what it calls available: it was counting on it a moment ago.
 KEPT_BYTES, KEPT_SHARE = 32 << 20, 0.25
-LOOK_S, BALLOON_LIMIT_S, WORK_LIMIT_S = 0.2, 20.0, 300.0
+LOOK_S, STATISTICS_LIMIT_S, BALLOON_LIMIT_S, WORK_LIMIT_S = 0.2, 3.0, 20.0, 300.0
+_Said = TypeVar("_Said")
 STEPS = ("reporting", "balloon", "merge")
 
 
@@ -149,20 +150,23 @@ def relieve(entries: Sequence[Entry], *, need_bytes: int, steps: Sequence[str] =
     for step in steps:
         if step not in STEPS:
             raise BadRequest(f"step {step!r}: expected one of {', '.join(STEPS)}")
-    before = _sizes(entries)
-    report: dict[str, Any] = {"before": before, "steps": {}, "refused": {}, "common_bytes": 0}
+    refused: dict[str, str] = {}
+    before = _sizes(entries, refused)
+    report: dict[str, Any] = {"before": before, "steps": {}, "refused": refused, "common_bytes": 0}
     for step in STEPS:
-        gained = sum(before.values()) - sum(_sizes(entries).values())
+        sizes = _sizes(entries, refused)
+        gained = _total(before, sizes) - _total(sizes, sizes)
         if step not in steps or gained >= need_bytes > 0:
             continue
+        there = [each for each in entries if each.name not in refused]
         if step == "reporting":
-            report["steps"][step] = {e.name: _ask(e, "memory-map")["given_back_bytes"] for e in entries}
+            report["steps"][step] = _of_each(there, refused, lambda each: _ask(each, "memory-map")["given_back_bytes"])
         elif step == "balloon":
-            report["steps"][step] = _shrink(entries, need_bytes - gained)
+            report["steps"][step] = _shrink(there, need_bytes - gained, refused)
         else:
-            report["steps"][step], report["common_bytes"] = _merge(entries, report["refused"])
-    report["after"] = _sizes(entries)
-    report["freed_bytes"] = sum(before.values()) - sum(report["after"].values()) - report["common_bytes"]
+            report["steps"][step], report["common_bytes"] = _merge(there, refused)
+    report["after"] = after = _sizes(entries, refused)
+    report["freed_bytes"] = _total(before, after) - _total(after, after) - report["common_bytes"]
     return report
 
 
@@ -170,9 +174,27 @@ def _ask(entry: Entry, op: str, **arguments: object) -> dict[str, Any]:
     return guests.request(entry, op, timeout_s=WORK_LIMIT_S, **arguments)
 
 
-def _sizes(entries: Sequence[Entry]) -> dict[str, int]:
+def _of_each(
+    entries: Sequence[Entry], refused: dict[str, str], look: Callable[[Entry], _Said]
+) -> dict[str, _Said]:  # fmt: skip
+    """What each guest says; who does not is named in `refused`, and nobody else is kept by it."""
+    found = {}
+    for entry in entries:
+        try:
+            found[entry.name] = look(entry)
+        except (OstlerError, OSError) as error:
+            refused[entry.name] = str(error)
+    return found
+
+
+def _sizes(entries: Sequence[Entry], refused: dict[str, str]) -> dict[str, int]:
     """What each guest's memory costs the host; pages that several have in common are nobody's."""
-    return {entry.name: _ask(entry, "memory-map")["touched_bytes"] for entry in entries}
+    return _of_each(entries, refused, lambda each: int(_ask(each, "memory-map")["touched_bytes"]))
+
+
+def _total(sizes: Mapping[str, int], of: Mapping[str, int]) -> int:
+    """The sum of those that are in `of`, too."""
+    return sum(size for name, size in sizes.items() if name in of)
 
 
 def _spare(entry: Entry) -> Spare:
@@ -182,24 +204,29 @@ def _spare(entry: Entry) -> Spare:
     return Spare(entry.name, stats["memory"]["size_bytes"], balloon.get("held_bytes", 0), said)
 
 
-def _shrink(entries: Sequence[Entry], need_bytes: int) -> dict[str, Any]:
+def _shrink(entries: Sequence[Entry], need_bytes: int, refused: dict[str, str]) -> dict[str, Any]:
     """Ask for what guests can spare and wait until they have given it, or give no more."""
-    for entry in entries:
-        _ask(entry, "stats")  # has the guest make its statistics
-    time.sleep(LOOK_S)
-    kept = plan([_spare(entry) for entry in entries], need_bytes)
-    by_name = {entry.name: entry for entry in entries}
-    for name, guest_bytes in kept.items():
-        _ask(by_name[name], "balloon", guest_bytes=guest_bytes)
-    deadline, last = time.monotonic() + BALLOON_LIMIT_S, -1
-    while kept and time.monotonic() < deadline:
+    before = _of_each(entries, refused, _spare)
+    # Asking has a guest make its statistics; who has none after a moment has no driver for it.
+    deadline = time.monotonic() + STATISTICS_LIMIT_S
+    while time.monotonic() < deadline and any(each.available_bytes is None for each in before.values()):
         time.sleep(LOOK_S)
-        held = sum(_spare(by_name[name]).ballooned_bytes for name in kept)
+        before = _of_each(entries, refused, _spare)
+    kept = plan([*before.values()], need_bytes)
+    asked = [entry for entry in entries if entry.name in kept]
+    _of_each(asked, refused, lambda each: _ask(each, "balloon", guest_bytes=kept[each.name]))
+    deadline, last = time.monotonic() + BALLOON_LIMIT_S, -1
+    while asked and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+        held = sum(each.ballooned_bytes for each in _of_each(asked, refused, _spare).values())
         if held == last:
             break
         last = held
-    return {name: {"guest_bytes": size, "held_bytes": _spare(by_name[name]).ballooned_bytes}
-            for name, size in kept.items()}  # fmt: skip
+    return {
+        name: {"was_bytes": before[name].size_bytes - before[name].ballooned_bytes, "guest_bytes": kept[name],
+               "held_bytes": each.ballooned_bytes}
+        for name, each in _of_each(asked, refused, _spare).items()
+    }  # fmt: skip
 
 
 def _merge(entries: Sequence[Entry], refused: dict[str, str]) -> tuple[dict[str, Any], int]:

@@ -32,11 +32,11 @@ def begin_start(host: Host, name: str, by: str, *, after_s: float | None = None)
     """
     with host.changed:
         guest = host.find(name)
-        if guest.definition is None:
-            raise BadRequest(f"guest {name!r}: is not defined here; expected one that is")
+        _refuse_undefined(guest)
         order = ordering.in_order(host.graph(), [name])
         missing = [each for each in order if not _is_up(host.guests[each])]
         for each in missing:
+            _refuse_undefined(host.guests[each])
             _refuse_busy(host, host.guests[each])
         _admit_all(host, missing)
         made: dict[str, Job] = {}
@@ -84,8 +84,7 @@ def begin_restart(host: Host, name: str, by: str, grace_s: float | None = None) 
     """Stop a guest and start it again; what depends on it runs on meanwhile."""
     with host.changed:
         guest = host.find(name)
-        if guest.definition is None:
-            raise BadRequest(f"guest {name!r}: is not defined here; expected one that is")
+        _refuse_undefined(guest)
 
         def work(job: Job) -> dict[str, Any]:
             _stop(host, guest, job, grace_s, wait_for_users=False)
@@ -127,6 +126,9 @@ def over(host: Host, guest: Guest, ending: dict[str, Any], *, reason: str | None
     """A guest has ended: what follows."""
     with host.changed:
         host.set(guest, ending=ending, is_ready=False, ready_at=None, pid=None, accelerator=None)
+        if guest.broken is not None:
+            host.set(guest, state=GuestState.BROKEN, reason=guest.broken.why)
+            return
         if guest.definition is None:
             host.set(guest, state=state_of(ending), reason=reason)
             return
@@ -173,6 +175,13 @@ def _is_up(guest: Guest) -> bool:
 
 def _lives(guest: Guest) -> bool:
     return guest.state in ALIVE or guest.state is GuestState.STARTING
+
+
+def _refuse_undefined(guest: Guest) -> None:
+    if guest.broken is not None:
+        raise BadRequest(f"guest {guest.name!r}: its definition is broken: {guest.broken.why}; define it anew")
+    if guest.definition is None:
+        raise BadRequest(f"guest {guest.name!r}: is not defined here; expected one that is")
 
 
 def _refuse_busy(host: Host, guest: Guest) -> None:

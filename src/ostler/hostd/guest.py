@@ -21,12 +21,22 @@ ACTIVE = frozenset({
 ALIVE = frozenset({GuestState.RUNNING, GuestState.PAUSED, GuestState.UNREACHABLE, GuestState.STOPPING})
 
 
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A definition that was kept and cannot be understood, or not be started in any order."""
+
+    why: str
+    table: dict[str, Any]
+
+
 @dataclass(slots=True)
 class Guest:
     """Changed under the host's lock only."""
 
     name: str
     definition: Definition | None = None
+    broken: Broken | None = None
+    """Instead of a definition."""
     state: GuestState = GuestState.DEFINED
     is_ready: bool = False
     is_wanted: bool = False
@@ -49,6 +59,18 @@ class Guest:
         return self.definition.host if self.definition is not None else HostSection()
 
     @property
+    def is_defined(self) -> bool:
+        """Whether it is the service's, however well; else a stranger."""
+        return self.definition is not None or self.broken is not None
+
+    @property
+    def table(self) -> dict[str, Any] | None:
+        """Its definition as it was given."""
+        if self.broken is not None:
+            return self.broken.table
+        return self.definition.table if self.definition is not None else None
+
+    @property
     def claim(self) -> Claim:
         """What it holds while it is active."""
         if self.definition is not None:
@@ -66,7 +88,7 @@ class Guest:
         facts = self.facts if self.state in ALIVE or request is None else {}
         ending = self.ending or {}
         return GuestView(
-            name=self.name, state=self.state, ready=self.is_ready, defined=request is not None,
+            name=self.name, state=self.state, ready=self.is_ready, defined=self.is_defined,
             autostart=self.host.autostart, depends_on=list(self.host.depends_on),
             image=_text(facts.get("image")) or (request and (request.image or str(request.kernel))) or None,
             command=[str(word) for word in facts.get("command") or (request.command if request else ())],

@@ -9,9 +9,10 @@ One lock guards all guests. Nothing under it waits for a guest: what takes time 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ostler.errors import AdmissionRefused, BadRequest, OstlerError
@@ -54,6 +55,8 @@ class Host:
         self.changed = threading.Condition(threading.RLock())
         self.started = time.time()
         self.is_closing = False
+        # By job: what guests will hold that it is making.
+        self._held: dict[str, list[Claim]] = {}
         self._version = 0
         self._rendered: tuple[int, bytes] = (-1, b"")
 
@@ -84,12 +87,16 @@ class Host:
     def graph(self) -> dict[str, tuple[str, ...]]:
         """Who depends on whom, of all that are defined."""
         with self.changed:
-            return {name: each.host.depends_on for name, each in self.guests.items() if each.definition is not None}
+            return {name: each.host.depends_on for name, each in self.guests.items() if each.is_defined}
 
     def promised(self) -> list[Claim]:
-        """What is held: by every guest that is active, and for every one that starts with the host."""
+        """What is held: by every guest that is active, for every one that starts with the host, or is being made."""
         with self.changed:
-            return [each.claim for each in self.guests.values() if each.is_active or each.host.autostart]
+            held = {each.name: each.claim for each in self.guests.values() if each.is_active or each.host.autostart}
+            self._held = {job: claims for job, claims in self._held.items() if self.jobs.under_way(job) is not None}
+            for claim in itertools.chain.from_iterable(self._held.values()):
+                held.setdefault(claim.holder, claim)
+            return [*held.values()]
 
     def resources(self) -> dict[str, Quantity]:
         """What there is to promise."""
@@ -136,6 +143,20 @@ class Host:
         if (lack := admission.check(self.limits, beside, asked)) is not None:
             raise AdmissionRefused(admission.sentence(definition.name, lack), lack=lack)
 
+    def begin_making(
+        self, kind: str, guest: str | None, by: str, work: Work, *, asked: Sequence[Claim], can_cancel: bool = False
+    ) -> Job:  # fmt: skip
+        """A job that makes guests: what they will hold is theirs from now on. Raises AdmissionRefused for a lack."""
+        with self.changed:
+            beside = self.promised()
+            for claim in asked:
+                if (lack := admission.check(self.limits, beside, claim)) is not None:
+                    raise AdmissionRefused(admission.sentence(claim.holder, lack), lack=lack)
+                beside.append(claim)
+            job = self.jobs.begin(kind, guest, by, work, can_cancel=can_cancel)
+            self._held[job.id] = [*asked]
+            return job
+
     def admit_share(self, guest: Guest, reserve_percent: float) -> None:
         """Raise AdmissionRefused where a running guest cannot be given so much of the processors."""
         asked = claims.with_share(guest.claim, {"cpu_reserve": reserve_percent})
@@ -150,17 +171,24 @@ class Host:
             for name, definition in new.items():
                 known = self.guests.get(name)
                 if known is not None and not replace:
-                    what = "is defined already" if known.definition else "runs already, without a definition"
+                    what = "is defined already" if known.is_defined else "runs already, without a definition"
                     raise BadRequest(f"guest {name!r}: {what}; expected another name")
                 ordering.in_order(graph, [name])
                 self._admit_beside(definition, new)
             self.store.put_definitions({name: each.table for name, each in new.items()})
             for name, definition in new.items():
                 what = "changed" if name in self.guests else "defined"
-                self.set(self.guests.get(name) or Guest(name), definition=definition)
+                self._redefine(self.guests.get(name) or Guest(name), definition)
                 self.events.publish("definition", name, {"name": name, "what": what})
         self.store.database.back_up()
         return [self.find(name).view() for name in new]
+
+    def _redefine(self, guest: Guest, definition: Definition) -> None:
+        if guest.broken is None:
+            self.set(guest, definition=definition)
+            return
+        state = GuestState.DEFINED if guest.state is GuestState.BROKEN else guest.state
+        self.set(guest, definition=definition, broken=None, state=state, reason=None)
 
     def _admit_beside(self, definition: Definition, new: dict[str, Definition]) -> None:
         asked = Guest(definition.name, definition).claim
@@ -181,7 +209,7 @@ class Host:
                 raise BadRequest(f"guest {guest.name!r}: is {guest.state.value}; stop it first")
             if users := sorted(ordering.needing(self.graph(), guest.name)):
                 raise BadRequest(f"guest {guest.name!r}: {users[0]!r} depends on it; expected one that nobody needs")
-            if guest.definition is not None:
+            if guest.is_defined:
                 self.store.drop_definition(guest.name)
                 self.events.publish("definition", guest.name, {"name": guest.name, "what": "removed"})
             self.drop(guest)

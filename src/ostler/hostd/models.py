@@ -55,6 +55,8 @@ class GuestState(StrEnum):
     """It could not be started, crashed, or its process was killed; `reason` says which."""
     BACKING_OFF = "backing-off"
     """Ended, and will be restarted at `next_start`."""
+    BROKEN = "broken"
+    """Its definition, kept by an earlier service, is no good; `reason` says why. It waits to be defined anew."""
 
 
 class JobState(StrEnum):
@@ -147,7 +149,7 @@ class GuestDetail(View):
 
     guest: GuestView
     definition: dict[str, Any] | None
-    """As it was given: a table of `ostler schema`, and `host`."""
+    """As it was given, also where it is broken: a table of `ostler schema`, and `host`."""
     facts: dict[str, Any]
     """What its process says of itself (`ostler inspect`); empty while it does not run."""
 

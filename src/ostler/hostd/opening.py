@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from ostler.errors import OstlerError
+from ostler.errors import BadRequest, OstlerError
 from ostler.hostd import bringing, definition, ordering
 from ostler.hostd.database import Database
 from ostler.hostd.definition import Definition
-from ostler.hostd.guest import Guest
+from ostler.hostd.guest import Broken, Guest
 from ostler.hostd.host import Host
 from ostler.hostd.launcher import Found, Launcher
 from ostler.hostd.models import GuestState, JobState, JobView
@@ -33,7 +33,8 @@ def open_host(
 ) -> Host:  # fmt: skip
     """A service's host, with everything adopted and the starting begun.
 
-    `files` are definitions that win over those that are kept. Raises BadRequest for definitions that cannot be.
+    `files` are definitions that win over those that are kept. One that was kept and is no good any more is told as
+    broken, and keeps nobody else from starting. Raises BadRequest where `files` need each other in a circle.
     """
     store = Store(database)
     boot = boot_id if boot_id is not None else BOOT_ID.read_text().strip()
@@ -57,13 +58,31 @@ def open_host(
 
 
 def _define(host: Host, store: Store, files: dict[str, Definition]) -> None:
-    definitions = {name: definition.parse(name, table) for name, table in store.definitions().items()}
-    definitions |= files
-    ordering.in_order({name: each.host.depends_on for name, each in definitions.items()})
+    good, broken = _judged({name: table for name, table in store.definitions().items() if name not in files})
+    good |= files
+    graph = {name: each.host.depends_on for name, each in good.items()} | dict.fromkeys(broken, ())
+    for name, why in ordering.impossible(graph).items():
+        if name in files:
+            raise BadRequest(f"guest {name!r}: {why}")
+        broken[name] = Broken(why, good.pop(name).table)
     if files:
         store.put_definitions({name: each.table for name, each in files.items()})
-    for name, each in definitions.items():
+    for name, each in good.items():
         host.guests[name] = Guest(name, each)
+    for name, trouble in sorted(broken.items()):
+        host.guests[name] = Guest(name, broken=trouble, state=GuestState.BROKEN, reason=trouble.why)
+        host.events.publish("definition", name, {"name": name, "what": "broken", "reason": trouble.why})
+
+
+def _judged(tables: dict[str, Any]) -> tuple[dict[str, Definition], dict[str, Broken]]:
+    """What was kept, by the rules of today: an earlier Ostler's, or a hand in the database, may have had others."""
+    good, broken = {}, {}
+    for name, table in tables.items():
+        try:
+            good[name] = definition.parse(name, table)
+        except (BadRequest, TypeError, ValueError) as error:
+            broken[name] = Broken(" ".join(str(error).split()), table if isinstance(table, dict) else {})
+    return good, broken
 
 
 def _meet(guest: Guest, found: Found, known: Remembered) -> None:
@@ -76,7 +95,7 @@ def _meet(guest: Guest, found: Found, known: Remembered) -> None:
         guest.is_wanted = True
     else:
         guest.ending = found.end or known.ending
-        if guest.definition is None:
+        if not guest.is_defined:
             guest.state = GuestState.ENDED if found.end else GuestState.FAILED
 
 
@@ -156,10 +175,10 @@ def look(host: Host) -> None:
     with host.changed:
         for name, each in found.items():
             known = host.guests.get(name)
-            if known is None or (known.definition is None and not known.is_active):
+            if known is None or not (known.is_defined or known.is_active):
                 _take_in(host, known or Guest(name), each)
         for guest in [*host.guests.values()]:
-            if guest.definition is None and guest.name not in found:
+            if not guest.is_defined and guest.name not in found:
                 host.drop(guest)
 
 

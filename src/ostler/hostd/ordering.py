@@ -27,6 +27,28 @@ def in_order(graph: Graph, names: Iterable[str] | None = None) -> list[str]:
         )
 
 
+def impossible(graph: Graph) -> dict[str, str]:
+    """Who cannot be started for what it depends on, and why: something that is not there, or in the end itself.
+
+    Without their dependencies, what is left can be put in order.
+    """
+    found = {
+        name: f"depends on {missing[0]!r}, which is not defined"
+        for name, needs in graph.items()
+        if (missing := sorted(each for each in needs if each not in graph))
+    }
+    while True:
+        rest = {name: () if name in found else needs for name, needs in graph.items()}
+        try:
+            TopologicalSorter({name: sorted(needs) for name, needs in rest.items()}).prepare()
+        except CycleError as error:
+            circle = error.args[1]
+            text = " on ".join(repr(name) for name in reversed(circle))
+            found |= dict.fromkeys(circle, f"depends on itself: {text}")
+        else:
+            return found
+
+
 def needed_by(graph: Graph, names: Iterable[str]) -> set[str]:
     """`names` and all that they depend on, directly or not. Raises BadRequest for what is not in the graph."""
     found: set[str] = set()

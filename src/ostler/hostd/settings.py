@@ -11,6 +11,11 @@ cpu = 4
 [keep]                        # for the host itself, of what it is found to have
 memory = "512M"
 
+[relief]                      # memory taken back from guests while less than `below` is available, until `until` is
+below = "1G"                  # by default a twentieth of the host's memory; 0: never
+until = "2G"                  # by default twice that
+steps = ["reporting", "balloon", "merge"]   # by default without merging
+
 [peers]                       # other users at the UNIX socket
 alice = "operator"
 
@@ -23,7 +28,7 @@ from __future__ import annotations
 import pwd
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -63,12 +68,26 @@ class Keep(_Part):
     disk: Size = 1 << 30
 
 
+class Relief(_Part):
+    """Merging is not done unless it is named: a guest can measure that another one has the same page."""
+
+    below: Size | None = None
+    until: Size | None = None
+    steps: tuple[Literal["reporting", "balloon", "merge"], ...] = ("reporting", "balloon")
+
+    def bounds(self, memory_bytes: int) -> tuple[int, int]:
+        """`below` and `until` on a host of so much memory; `until` is never the lesser."""
+        below = self.below if self.below is not None else memory_bytes // 20
+        return below, max(below, self.until if self.until is not None else 2 * below)
+
+
 class Settings(_Part):
     """All of the file."""
 
     capacity: Capacity = Capacity()
     overcommit: Overcommit = Overcommit()
     keep: Keep = Keep()
+    relief: Relief = Relief()
     peers: dict[str, Role] = {}
     certificates: dict[str, Role] = {}
     parallel_starts: Annotated[int, Field(ge=1, le=64)] = 4

@@ -10,9 +10,11 @@ from ostler.agent.client import AgentClient
 from ostler.client import guests, moving, snapshots
 from ostler.control import runtime
 from ostler.errors import BadRequest, MigrationCancelled
+from ostler.hostd import claims
 from ostler.hostd.host import Host
 from ostler.hostd.jobs import Job
 from ostler.hostd.models import ExecWish, ForkWish, MigrateWish, RestoreWish, SnapshotWish
+from ostler.hostd.opening import look
 from ostler.hostd.problems import NotFound
 from ostler.snapshot import store as snapshot_store
 
@@ -81,15 +83,15 @@ def begin_restore(host: Host, name: str, wish: RestoreWish, by: str) -> Job:
     """Start guests that go on from a snapshot."""
     if name not in snapshot_store.names():
         raise NotFound(f"snapshot {name!r}: not known")
-    names = _names(host, wish.name, wish.count)
+    found = snapshot_store.find(name)
+    ports = wish.count == 1
+    names = _names(host, wish.name, wish.count, found.manifest.guest)
 
     def work(job: Job) -> dict[str, Any]:
-        found = snapshot_store.find(name)
         made: list[str] = []
         for number, wanted in enumerate(names):
             job.check()
-            job.say(f"starting {wanted or 'a guest'}", number / len(names))
-            ports = len(names) == 1
+            job.say(f"starting {wanted}", number / len(names))
             guest = snapshots.start(found, wanted, leash=False, remove=False, ports=ports, accel=wish.accel)
             try:
                 guest.configure()
@@ -98,24 +100,28 @@ def begin_restore(host: Host, name: str, wish: RestoreWish, by: str) -> Job:
                 raise
             guest.release()
             made.append(guest.entry.name)
+            look(host)
         return {"guests": made}
 
-    return host.jobs.begin("restore", wish.name, by, work, can_cancel=True)
+    asked = [claims.of_copy(each, found.manifest.spec, ports=ports) for each in names]
+    return host.begin_making("restore", wish.name, by, work, asked=asked, can_cancel=True)
 
 
 def begin_fork(host: Host, name: str, wish: ForkWish, by: str) -> Job:
     """Start children of a guest that runs."""
     guest = host.running(name)
-    names = _names(host, wish.name, wish.count)
+    names = _names(host, wish.name, wish.count, name)
 
     def work(job: Job) -> dict[str, Any]:
         job.say("catching its memory")
         children, pause_ms = snapshots.fork(runtime.find(name), names, remove=False)
         for child in children:
             child.release()
+        look(host)
         return {"children": [child.entry.name for child in children], "pause_ms": pause_ms}
 
-    return host.begin("fork", guest, by, work)
+    asked = [claims.of_copy(each, guest.spec, ports=False) for each in names]
+    return host.begin_making("fork", guest.name, by, work, asked=asked)
 
 
 def begin_migrate(host: Host, name: str, wish: MigrateWish, by: str) -> Job:
@@ -154,13 +160,16 @@ def _progress(job: Job) -> Callable[[str, dict[str, Any]], None]:
     return told
 
 
-def _names(host: Host, name: str | None, count: int) -> list[str | None]:
-    """One name for each: numbered where there are several. Raises BadRequest for one in use."""
+def _names(host: Host, name: str | None, count: int, stem: str) -> list[str]:
+    """One name for each: numbered where there are several, made up of `stem` where there is none.
+
+    Raises BadRequest for one in use.
+    """
     if name is None:
-        return [None] * count
+        return [runtime.new_name(stem) for _ in range(count)]
     names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
     for each in names:
         runtime.check_name(each)
         if each in host.guests:
             raise BadRequest(f"guest {each!r}: is known already; expected another name")
-    return [*names]
+    return names

@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
+
+from ostler.errors import BadRequest
 from ostler.hostd import bringing
 from ostler.hostd.models import GuestState, JobState
 from ostler.hostd.opening import look
@@ -85,6 +88,45 @@ def test_open_stop_that_had_its_effect_is_done(tmp_path: Path) -> None:
         assert settled is not None
         assert settled.state is JobState.DONE
         stuck.set()
+
+
+def test_open_bad_definition_is_told_as_broken_and_keeps_nobody_else(tmp_path: Path) -> None:
+    launcher = FakeLauncher()
+    with opened(tmp_path, launcher) as host:
+        host.define([guest("db"), guest("web", autostart=True), guest("user", depends_on=["db"])], replace=False)
+        host.store.put_definitions({"db": {"image": "debian", "memory": "plenty"}})
+    with opened(tmp_path, launcher, boot_id="boot-2") as host:
+        until(host, lambda: host.guests["web"].is_ready)
+        view = host.guests["db"].view()
+        assert (view.state, view.defined) == (GuestState.BROKEN, True)
+        assert view.reason is not None
+        assert "memory 'plenty'" in view.reason
+        told = [each.data for each in host.events.since(0) if each.kind == "definition"]
+        assert told == [{"name": "db", "what": "broken", "reason": view.reason}]
+        with pytest.raises(BadRequest, match="'db': its definition is broken: memory 'plenty'"):
+            bringing.begin_start(host, "user", "test")
+        # Everything that looks at all of them goes on.
+        assert bringing.begin_stop_all(host, "test")
+
+        host.define([guest("db")], replace=True)
+        assert host.guests["db"].view().state is GuestState.DEFINED
+        bringing.begin_start(host, "user", "test")
+        until(host, lambda: host.guests["user"].is_ready)
+
+
+def test_open_broken_definition_of_a_guest_that_runs_leaves_it_running(tmp_path: Path) -> None:
+    launcher = FakeLauncher()
+    with opened(tmp_path, launcher, crash=True) as host:
+        host.define([guest("db")], replace=False)
+        bringing.begin_start(host, "db", "test")
+        until(host, lambda: host.guests["db"].is_ready)
+        host.store.put_definitions({"db": {"imagge": "debian"}})
+    with opened(tmp_path, launcher) as host:
+        assert host.guests["db"].view().state is GuestState.RUNNING
+        host.jobs.wait(bringing.begin_stop(host, "db", "test").id, 20)
+        assert host.guests["db"].view().state is GuestState.BROKEN
+        host.undefine(host.guests["db"])
+        assert host.store.definitions() == {}
 
 
 def test_look_strangers_come_and_go(tmp_path: Path) -> None:

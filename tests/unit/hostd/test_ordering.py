@@ -33,6 +33,17 @@ def test_in_order_unknown_dependency_is_named_with_who_needs_it() -> None:
         ordering.in_order({"a": ["nobody"]})
 
 
+def test_impossible_names_what_is_missing_and_circles_and_nobody_else() -> None:
+    graph = {**GRAPH, "lost": ["nobody"], "after": ["lost"], "a": ["b"], "b": ["a"], "user": ["a"]}
+
+    found = ordering.impossible(graph)
+
+    assert found.keys() == {"lost", "a", "b"}
+    assert found["lost"] == "depends on 'nobody', which is not defined"
+    assert found["a"].startswith("depends on itself: ")
+    ordering.in_order({name: () if name in found else needs for name, needs in graph.items()})
+
+
 def test_needing_finds_users_of_users() -> None:
     assert ordering.needing(GRAPH, "storage") == {"db", "web"}
     assert ordering.needing(GRAPH, "web") == set()

@@ -13,7 +13,8 @@ export type GuestState =
   | "stopping"
   | "ended"
   | "failed"
-  | "backing-off";
+  | "backing-off"
+  | "broken";
 
 export type JobState = "queued" | "running" | "done" | "failed" | "cancelled" | "interrupted";
 

@@ -37,7 +37,7 @@ export const ACTIONS: readonly Action[] = [
   { id: "fork", label: "Fork…", key: "f", role: "operator", states: ALIVE },
   { id: "migrate", label: "Migrate…", key: "m", role: "admin", states: ["running"] },
   { id: "kill", label: "Kill", key: "K", role: "operator", states: ANY_PROCESS, danger: true },
-  { id: "remove", label: "Remove", key: "D", role: "admin", states: IDLE, danger: true },
+  { id: "remove", label: "Remove", key: "D", role: "admin", states: [...IDLE, "broken"], danger: true },
 ];
 
 const RANK: Record<Role, number> = { viewer: 0, operator: 1, admin: 2 };
@@ -65,6 +65,7 @@ const TONES: Record<GuestState, Tone> = {
   ended: "idle",
   failed: "bad",
   "backing-off": "warn",
+  broken: "bad",
 };
 
 export const tone = (guest: GuestView): Tone =>

@@ -167,7 +167,7 @@ function Row({ guest }: { guest: GuestView }): JSX.Element {
       <td>
         <StateBadge guest={guest} />
         {job && <small class="doing">{job.progress === null ? job.kind : `${job.kind} ${percent(job.progress)}`}</small>}
-        {guest.state === "failed" && guest.reason && <small class="why">{guest.reason}</small>}
+        {(guest.state === "failed" || guest.state === "broken") && guest.reason && <small class="why">{guest.reason}</small>}
       </td>
       <td class="wide faint">{guest.image ?? "–"}</td>
       <td class="cpu">
