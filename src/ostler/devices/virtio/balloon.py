@@ -23,7 +23,7 @@ from ostler.devices.virtio.device import VirtioDevice, read_field
 from ostler.devices.virtio.queue import Virtqueue
 from ostler.memory import GuestMemory
 
-QUEUE_SIZE = 128
+QUEUE_SIZE, STATISTICS_QUEUE = 128, 2
 PAGE_BYTES = 1 << abi.VIRTIO_BALLOON_PFN_SHIFT
 # Linux sends a kibibyte of page numbers at a time, and twelve statistics or so.
 MAX_PFN_BYTES, MAX_STATISTICS_BYTES = 64 << 10, 4 << 10
@@ -98,6 +98,8 @@ class Balloon(VirtioDevice):
         self._serve = [self._inflate, self._deflate]
         if features >> abi.VIRTIO_BALLOON_F_STATS_VQ & 1:
             self._serve.append(self._take_statistics)
+            # Linux gives its buffer and rings before DRIVER_OK, when nobody listens yet, and never again by itself.
+            self.kick_again(STATISTICS_QUEUE)
         if features >> abi.VIRTIO_BALLOON_F_REPORTING & 1:
             self._serve.append(self._reported)
         self._poisons = bool(features >> abi.VIRTIO_BALLOON_F_PAGE_POISON & 1)

@@ -119,6 +119,17 @@ def test_statistics_are_taken_when_asked_for(driver: FakeDriver) -> None:
     assert device.statistics == {"total_memory": 7}
 
 
+def test_statistics_given_before_the_driver_was_ready_are_looked_for(driver: FakeDriver) -> None:
+    device = balloon(driver)
+    again: list[int] = []
+    device.kick_again = again.append
+    device.reset()
+
+    device.activate(driver.virtqueues, 1 << abi.VIRTIO_BALLOON_F_STATS_VQ)
+
+    assert again == [STATS]
+
+
 def test_target_is_shown_in_pages_and_bounded(driver: FakeDriver) -> None:
     device = balloon(driver)
     device.set_target(3 * MIB)
