@@ -4,9 +4,9 @@
 //! [`Board`]) and the requests of user space.
 
 use crate::clock::host_tsc;
-use crate::cpu::exec::system::HC_SEND_IPI;
 use crate::cpu::state::CpuidTable;
 use crate::cpu::{attention, Board, Gp};
+use crate::hypercalls;
 use crate::ioctl::msrs::msr;
 use crate::irqchip::lapic::PendingEvents;
 use crate::irqchip::Lapic;
@@ -26,12 +26,6 @@ const CPUID_X2APIC: u32 = 1 << 21;
 const CPUID_TSC_DEADLINE: u32 = 1 << 24;
 /// kvmclock MSRs: bit 0 switches it on.
 const CLOCK_ON: u64 = 1;
-
-/// Hypercalls (Documentation/virt/kvm/x86/hypercalls.rst).
-const HC_VAPIC_POLL_IRQ: u64 = 1;
-const HC_KICK_CPU: u64 = 5;
-const ENOSYS: u64 = 1000u64.wrapping_neg();
-const EINVAL: u64 = (libc::EINVAL as u64).wrapping_neg();
 
 /// State of one vCPU beside the interpreter's.
 pub(crate) struct Local {
@@ -447,22 +441,6 @@ impl Board for VcpuBoard {
     }
 
     fn hypercall(&mut self, nr: u64, args: [u64; 4]) -> u64 {
-        match nr {
-            HC_VAPIC_POLL_IRQ => 0,
-            HC_KICK_CPU => {
-                self.0.machine.peers.with(args[1] as u32, |peer| {
-                    peer.unhalted.store(true, SeqCst);
-                    peer.look_up();
-                });
-                0
-            }
-            HC_SEND_IPI => {
-                let [low, high, min, icr] = args;
-                let chip = self.0.machine.irqchip();
-                let sent = chip.map(|chip| chip.send_pv_ipi([low, high], 64, min as u32, icr as u32));
-                sent.map_or(ENOSYS, |sent| sent.unwrap_or(EINVAL))
-            }
-            _ => ENOSYS,
-        }
+        hypercalls::call(&self.0, nr, args)
     }
 }

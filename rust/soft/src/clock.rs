@@ -71,12 +71,12 @@ pub fn host_tsc_khz() -> u32 {
     measure_khz()
 }
 
-/// A TSC reading and the time that belongs to it, taken as tightly as the scheduler allows.
-fn pair() -> (u64, u64) {
+/// A TSC reading and the time of that clock that belongs to it, taken as tightly as the scheduler allows.
+fn pair(clock: libc::clockid_t) -> (u64, u64) {
     let mut best = (u64::MAX, 0, 0);
     for _ in 0..8 {
         let before = host_tsc();
-        let ns = clock_ns(libc::CLOCK_MONOTONIC_RAW);
+        let ns = clock_ns(clock);
         let after = host_tsc();
         if after - before < best.0 {
             best = (after - before, before + (after - before) / 2, ns);
@@ -85,10 +85,33 @@ fn pair() -> (u64, u64) {
     (best.1, best.2)
 }
 
+/// The host's wall-clock time and a vCPU's counter at the same instant (struct kvm_clock_pairing).
+pub(crate) struct Pairing {
+    realtime_ns: u64,
+    tsc: u64,
+}
+
+impl Pairing {
+    /// Of now.
+    pub fn now(tsc: &GuestTsc) -> Self {
+        let (host, realtime_ns) = pair(libc::CLOCK_REALTIME);
+        Self { realtime_ns, tsc: tsc.at(host) }
+    }
+
+    /// As the guest has it: seconds, nanoseconds, the counter, no flags, room for more.
+    pub fn bytes(&self) -> [u8; 64] {
+        let mut bytes = [0; 64];
+        bytes[..8].copy_from_slice(&(self.realtime_ns / NS_PER_S).to_le_bytes());
+        bytes[8..16].copy_from_slice(&(self.realtime_ns % NS_PER_S).to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.tsc.to_le_bytes());
+        bytes
+    }
+}
+
 fn measure_khz() -> u32 {
-    let first = pair();
+    let first = pair(libc::CLOCK_MONOTONIC_RAW);
     let last = loop {
-        let now = pair();
+        let now = pair(libc::CLOCK_MONOTONIC_RAW);
         if now.1 - first.1 >= 10_000_000 {
             break now;
         }

@@ -12,6 +12,7 @@ pub mod clock;
 pub mod counters;
 pub mod cpu;
 pub mod host;
+mod hypercalls;
 mod ioctl;
 mod ioeventfd;
 pub mod irqchip;

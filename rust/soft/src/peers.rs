@@ -89,6 +89,11 @@ impl Peer {
         Inside(self)
     }
 
+    /// Whether the vCPU's thread is in guest code.
+    pub fn is_inside(&self) -> bool {
+        self.shared.in_guest.load(SeqCst)
+    }
+
     /// The vCPU's thread enters guest code or leaves it. Memory may change under a vCPU that is
     /// outside; coming in, it looks at its attention bits before it touches any.
     fn set_in_guest(&self, inside: bool) {

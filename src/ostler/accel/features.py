@@ -97,6 +97,8 @@ FEATURES: dict[str, Feature] = {
     **_row(0x7, 0, "edx", {4: "fsrm", 26: "spec_ctrl", 29: "arch_capabilities"}),
     **_row(0x7, 2, "edx", {4: "bhi_ctrl"}),
     **_row(0xD, 1, "eax", {0: "xsaveopt", 1: "xsavec", 2: "xgetbv1", 3: "xsaves"}),
+    # Linux's Documentation/virt/kvm/x86/cpuid.rst; in no model, for what they bring depends on the host.
+    **_row(0x4000_0001, 0, "eax", {7: "kvm_pv_unhalt", 11: "kvm_pv_send_ipi", 13: "kvm_pv_sched_yield"}),
     **_row(0x8000_0001, 0, "ecx", {0: "lahf_lm", 5: "abm", 8: "3dnowprefetch"}),
     **_row(0x8000_0001, 0, "edx", {11: "syscall", 20: "nx", 26: "pdpe1gb", 27: "rdtscp", 29: "lm"}),
     **_row(0x8000_0007, 0, "edx", {8: "nonstop_tsc"}),

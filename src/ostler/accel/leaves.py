@@ -21,7 +21,7 @@ _LAST_EXTENDED = 0x8000_0008
 _INDEXED = (0x4, 0x7, 0xB, 0xD)
 
 # Only what the engine has too: kvmclock by both pairs of MSRs, no port delays, a stable clock. No asynchronous page
-# faults, steal time, paravirtual EOI, IPI or TLB flush.
+# faults, paravirtual EOI or TLB flush. Steal time is added where the accelerator has it, calls where asked for.
 _KVM_FEATURES = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 24
 
 # KVM's local APIC counts at 1 GHz. Calling that the core crystal makes leaves 0x15 and 0x4000_0010 agree with it.

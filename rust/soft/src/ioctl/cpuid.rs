@@ -41,8 +41,9 @@ const LEAFD1_EAX: u32 = bits(&[0, 1, 2, 3]);
 const EXTENDED_EDX: u32 = bits(&[11, 20, 26, 27, 29]);
 /// LAHF-LM LZCNT 3DNow-prefetch.
 const EXTENDED_ECX: u32 = bits(&[0, 5, 8]);
-/// kvmclock by both pairs of MSRs, no port delays, steal time, a stable clock, PV unhalt.
-const KVM_FEATURES: u32 = bits(&[0, 1, 3, 5, 7, 24]);
+/// kvmclock by both pairs of MSRs, no port delays, steal time, kicks out of a halt, IPIs and yielding by a call, a
+/// stable clock.
+const KVM_FEATURES: u32 = bits(&[0, 1, 3, 5, 7, 11, 13, 24]);
 /// Frequency the local APIC's timer counts at.
 const LAPIC_KHZ: u32 = 1_000_000;
 /// MAXPHYADDR offered.
