@@ -6,6 +6,7 @@ request by which it learns that nobody has signed in.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from playwright.sync_api import Browser as Chromium
 from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
 
 from ostler.api import dashboard
+from ostler.planning.history import FILE, HOST, History, Sample
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHOTS = Path(__file__).parents[2] / "artefacts" / "dashboard"
@@ -51,6 +54,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
     runtime.mkdir(mode=0o700)
     environment = {**os.environ, "OSTLER_RUNTIME": str(runtime), "OSTLER_DATA": str(folder / "data")}
     socket = str(folder / "host.sock")
+    _remember_use(folder / "state")
     command = [*OSTLER, "host", "serve", "--state", str(folder / "state"), "--socket", socket,
                "--listen", "127.0.0.1:0", "--stop-guests"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as ran:
@@ -59,6 +63,28 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
         finally:
             ran.send_signal(signal.SIGTERM)
             ran.wait(120)
+            _remove_guests(environment)
+
+
+def _remember_use(state: Path) -> None:
+    """Ten minutes of an earlier service."""
+    state.mkdir(mode=0o700)
+    now = time.time()
+    with History(state / FILE) as kept:
+        kept.add(
+            Sample(now - 60 * minute, HOST, 60.0, 0.5, 8 << 30, 1 << 30, 1e6, 1e6, 1e5, 1e5, vcpus=2, run_cpus=0.5)
+            for minute in range(1, 11)
+        )
+
+
+def _remove_guests(environment: dict[str, str]) -> None:
+    """Copies belong to nobody, and run on."""
+    program = (
+        "from ostler.client import guests; from ostler.control import pool, runtime\n"
+        "for entry in runtime.entries(): guests.remove(entry, force=True)\n"
+        "pool.stop()"
+    )
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
 
 
 def _address(ran: subprocess.Popen[str]) -> str:
@@ -144,7 +170,18 @@ def test_browser_wrong_token_is_refused_in_one_line(browser: Browser) -> None:
     shoot(page, "sign-in")
 
 
-def test_browser_guest_defined_typed_into_saved_and_stopped(browser: Browser, service: tuple[str, str]) -> None:
+def test_browser_charts_begin_with_what_was_kept(browser: Browser, service: tuple[str, str]) -> None:
+    page = browser.page(viewport={"width": 1360, "height": 860})
+
+    sign_in(page, service[1])
+
+    expect(page.locator(".chart").first).to_have_attribute("data-points", re.compile(r"^\d\d+$"))
+    shoot(page, "kept")
+
+
+def test_browser_guest_defined_typed_into_saved_copied_moved_and_stopped(
+    browser: Browser, service: tuple[str, str], tmp_path: Path
+) -> None:
     page = browser.page(viewport={"width": 1360, "height": 860})
     sign_in(page, service[1])
 
@@ -182,6 +219,7 @@ def test_browser_guest_defined_typed_into_saved_and_stopped(browser: Browser, se
     page.wait_for_selector("tr[data-snapshot=web-ready]")
     shoot(page, "snapshots")
     _look_around(browser, page, service[1])
+    _copy_and_move(page, tmp_path)
 
     # Stopped, and so the table says.
     page.keyboard.press("g")
@@ -191,6 +229,51 @@ def test_browser_guest_defined_typed_into_saved_and_stopped(browser: Browser, se
 
     assert browser.troubles == []
     assert browser.hosts == {urlsplit(browser.address).netloc}
+
+
+def _copy_and_move(page: Page, folder: Path) -> None:
+    """A fork, another one from the snapshot, and the fork moved to where somebody listens for it."""
+    page.goto(page.url.partition("#")[0] + "#/guest/web/charts")
+    page.wait_for_selector(".guest-head .state.good")
+    page.keyboard.press("f")
+    page.fill("dialog input[name=fork]", "child")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("[data-job=fork][data-state=done]")
+    page.keyboard.press("t")
+    page.click("tr[data-snapshot=web-ready] [data-action=restore]")
+    page.wait_for_selector("[data-job=restore][data-state=done]")
+    page.keyboard.press("g")
+    page.wait_for_selector("tr[data-guest=child] .state.good")
+    expect(page.locator("tr[data-guest] .state.good")).to_have_count(3)
+    shoot(page, "copies")
+    with _receiver(folder) as address:
+        page.click("tr[data-guest=child] td.name a")
+        page.wait_for_selector(".guest-head [data-action=migrate]")
+        page.keyboard.press("m")
+        page.fill("dialog input[name=address]", address)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("[data-job=migrate][data-state=done]")
+        shoot(page, "moved")
+    page.keyboard.press("g")
+    page.wait_for_selector("tr[data-guest=child] .state.idle")
+
+
+@contextlib.contextmanager
+def _receiver(folder: Path) -> Iterator[str]:
+    """Another host's: a runtime folder of its own."""
+    runtime = folder / "there"
+    runtime.mkdir(mode=0o700)
+    environment, address = {**os.environ, "OSTLER_RUNTIME": str(runtime)}, f"unix:{folder / 'in.sock'}"
+    command = [*OSTLER, "receive", "--once", address]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as ran:
+        try:
+            assert ran.stderr is not None
+            assert "listen" in ran.stderr.readline()
+            yield address
+            assert ran.wait(60) == 0
+        finally:
+            ran.kill()
+            _remove_guests(environment)
 
 
 def _look_around(browser: Browser, page: Page, token: str) -> None:

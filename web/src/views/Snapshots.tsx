@@ -67,7 +67,7 @@ export function Snapshots(): JSX.Element {
                   <td class="act">
                     {may && (
                       <span class="actions">
-                        <button onClick={() => attempt(() => beginJob(`/v1/snapshots/${encodeURIComponent(each.name)}/restore`))}>
+                        <button data-action="restore" onClick={() => attempt(() => beginJob(`/v1/snapshots/${encodeURIComponent(each.name)}/restore`))}>
                           Restore
                         </button>
                         <button class="danger" onClick={() => remove(each.name)}>
