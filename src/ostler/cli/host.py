@@ -164,6 +164,30 @@ def audit(count: Annotated[int, typer.Option("--tail", "-n", min=1, max=1000)] =
             sys.stdout.write(json.dumps(each) + "\n")
 
 
+@app.command()
+def unit(
+    name: Annotated[str, typer.Argument(metavar="host|guests", help="The service; or guests' end with the host's.")],
+    user: Annotated[bool, typer.Option("--user", help="For a user's own systemd.")] = False,  # noqa: FBT002
+) -> None:
+    """Print a unit for systemd, which starts this installation of Ostler.
+
+    [bold]Example:[/bold]  ostler host unit host >/etc/systemd/system/ostler-host.service
+    """
+    from ostler.errors import BadRequest
+    from ostler.hostd import units
+
+    if name not in units.UNITS:
+        raise BadRequest(f"unit {name!r}: expected one of {', '.join(units.UNITS)}")
+    sys.stdout.write(units.text(name, program(), user=user))
+
+
+def program() -> str:
+    """The whole path of the command that runs now."""
+    beside = Path(sys.executable).parent / "ostler"
+    started = Path(sys.argv[0])
+    return str(started.absolute() if started.name == "ostler" and started.exists() else beside)
+
+
 @token_app.command("create")
 def create_token(
     name: Annotated[str, typer.Argument(help="Whose it is.")],
