@@ -12,7 +12,7 @@ from ostler.cli.output import Json, print_json
 
 def policies(given: list[str] | None) -> dict[str, str]:
     """Fields of a request, of texts such as panic=reset. Raises BadRequest."""
-    from ostler.config.faults import POLICIES
+    from ostler.config.defaults import POLICIES
     from ostler.errors import BadRequest
 
     found = {}

@@ -38,7 +38,7 @@ def run_kernel(request: GuestRequest, *, timing: bool) -> int:
     spec = parse_guest(
         kernel=kernel or os.devnull, initrd=request.initrd, append=request.append or "", memory=request.memory,
         cpus=request.cpus, cpu=request.cpu, accel=request.accel, disks=request.disks, nets=request.nets,
-        ports=request.ports, test_devices=request.test_devices, **request.cpu_shares,
+        ports=request.ports, test_devices=request.test_devices, **request.treatment,
     )  # fmt: skip
     with progress.shown() as shown:
         spec = with_material(spec, image=request.image, kernel=kernel, append=request.append, progress=shown)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from ostler.config.defaults import PlainTreatment
+
 if TYPE_CHECKING:
     from ostler.client.plan import Plan
     from ostler.config import GuestSpec
@@ -39,13 +41,13 @@ class PlainSchedule:
     """A Schedule's fields, which is made of what this way does without."""
 
     weight: int
-    cap: None
+    cap: float | None
     reserve: float
-    pin: None
+    pin: tuple[int, ...] | None
 
 
-@dataclass(frozen=True)
-class PlainGuest:
+@dataclass(frozen=True, kw_only=True)
+class PlainGuest(PlainTreatment):
     """A GuestSpec's fields, as `parse_guest` would fill them for a plain request."""
 
     kernel: Path
@@ -63,18 +65,6 @@ class PlainGuest:
     virtio_console: bool = False
     rng: bool = True
     balloon: bool = False
-    cpu_weight: int = 100
-    cpu_cap: None = None
-    cpu_reserve: float = 0.0
-    cpu_pin: None = None
-    calls: tuple[str, ...] = ("log", "keys", "ready", "own")
-    on_panic: str = "poweroff"
-    on_triple_fault: str = "poweroff"
-    on_hang: str = "poweroff"
-    on_disk_error: str = "report"
-    on_no_space: str = "pause"
-    on_backend_lost: str = "report"
-    on_memory_error: str = "poweroff"
     test_devices: bool = False
 
     @property

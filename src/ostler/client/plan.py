@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ostler.client.job import Job
-from ostler.config import GuestRequest, GuestSpec, faults, parse_guest
+from ostler.config import GuestRequest, GuestSpec, parse_guest
 from ostler.config.devices import DiskSpec, NetSpec
 from ostler.control.runtime import check_name, new_name
 from ostler.errors import BadRequest, NoSuchImage
@@ -75,9 +75,7 @@ def make(request: GuestRequest, *, progress: Progress = silent) -> Plan:
         memory=request.memory, cpus=request.cpus, cpu=request.cpu, accel=request.accel,
         disks=(root, *_seed(request), *request.disks), nets=nets, ports=request.ports, shares=request.volumes,
         vsock_cid=GUEST_CID, rng=request.rng, balloon=request.balloon,
-        test_devices=request.test_devices, **request.cpu_shares,
-        calls=request.calls,
-        **{field: getattr(request, field) for field in faults.FIELDS},
+        test_devices=request.test_devices, **request.treatment,
     )  # fmt: skip
     is_durable = (
         is_kept

@@ -7,8 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
 
-RIGHTS = ("log", "keys", "ready", "snapshot", "own")
-DEFAULT_RIGHTS = ("log", "keys", "ready", "own")
+from ostler.config.defaults import CALL_RIGHTS
 
 
 def _listed(value: object) -> object:
@@ -20,8 +19,8 @@ def _listed(value: object) -> object:
 
 def _known(value: Iterable[str]) -> tuple[str, ...]:
     for each in value:
-        if each not in RIGHTS:
-            raise ValueError(f"expected none or some of {', '.join(RIGHTS)}")
+        if each not in CALL_RIGHTS:
+            raise ValueError(f"expected none or some of {', '.join(CALL_RIGHTS)}")
     return tuple(dict.fromkeys(value))
 
 

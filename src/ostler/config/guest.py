@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -22,23 +21,12 @@ from pydantic import (
     model_validator,
 )
 
-from ostler.config.calls import DEFAULT_RIGHTS, CallRights
 from ostler.config.complaints import bad_request
 from ostler.config.devices import DiskSpec, NetSpec, PortSpec, ShareSpec
-from ostler.config.faults import (
-    Fault,
-    OnBackendLost,
-    OnDiskError,
-    OnHang,
-    OnMemoryError,
-    OnNoSpace,
-    OnPanic,
-    OnTripleFault,
-    default,
-)
-from ostler.config.schedule import DEFAULT_WEIGHT, Cap, HostCpus, Reserve, Schedule, Weight, check_reserve, check_shares
+from ostler.config.schedule import Schedule
 from ostler.config.sizes import MIB, format_size, parse_size
 from ostler.config.text import one_line
+from ostler.config.treatment import Treatment
 from ostler.errors import BadRequest
 
 MIN_MEMORY_BYTES = 16 * MIB
@@ -108,7 +96,7 @@ TextLine = Annotated[str, AfterValidator(one_line)]
 DEFAULT_MEMORY_BYTES = 512 * MIB
 
 
-class GuestSpec(BaseModel):
+class GuestSpec(Treatment):
     """A guest. Frozen; `parse_guest` makes it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
@@ -134,27 +122,12 @@ class GuestSpec(BaseModel):
     """`/dev/hvc0`, and a named port for an agent without vsock, each on a socket in the runtime folder."""
     rng: bool = True
     balloon: bool = False
-    cpu_weight: Weight = DEFAULT_WEIGHT
-    cpu_cap: Cap = None
-    """Percent of one host CPU, as `cpu_reserve`."""
-    cpu_reserve: Reserve = 0.0
-    cpu_pin: HostCpus = None
-    calls: CallRights = DEFAULT_RIGHTS
-    """Which of Ostler's own calls it may make."""
-    on_panic: OnPanic = default(Fault.PANIC)
-    on_triple_fault: OnTripleFault = default(Fault.TRIPLE_FAULT)
-    on_hang: OnHang = default(Fault.HANG)
-    on_disk_error: OnDiskError = default(Fault.DISK_ERROR)
-    on_no_space: OnNoSpace = default(Fault.NO_SPACE)
-    on_backend_lost: OnBackendLost = default(Fault.BACKEND_LOST)
-    on_memory_error: OnMemoryError = default(Fault.MEMORY_ERROR)
     test_devices: bool = Field(default=False)
     """The ports and memory that kvm-unit-tests look for."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> GuestSpec:
-        check_shares(self.cpu_cap, self.cpu_reserve)
-        check_reserve(self.cpu_reserve, self.cpus)
+        self.check_shares(self.cpus)
         return self
 
     @property

@@ -11,24 +11,13 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ostler.config.calls import DEFAULT_RIGHTS, CallRights
 from ostler.config.complaints import bad_request
 from ostler.config.devices import Address, DiskSpec, NetSpec, PortSpec, ShareSpec, absolute
-from ostler.config.faults import (
-    Fault,
-    OnBackendLost,
-    OnDiskError,
-    OnHang,
-    OnMemoryError,
-    OnNoSpace,
-    OnPanic,
-    OnTripleFault,
-    default,
-)
 from ostler.config.guest import DEFAULT_MEMORY_BYTES, Accelerator, CpuModel, Cpus, Memory, TextLine
-from ostler.config.schedule import DEFAULT_WEIGHT, Cap, HostCpusHere, Reserve, Weight, check_reserve, check_shares
+from ostler.config.schedule import HostCpusHere
+from ostler.config.treatment import Treatment
 from ostler.errors import BadRequest
 
 MAX_FILE_BYTES = 1 << 20
@@ -98,7 +87,7 @@ Word = Annotated[str, AfterValidator(_no_nul)]
 Hostname = Annotated[str, AfterValidator(_hostname)]
 
 
-class GuestRequest(BaseModel):
+class GuestRequest(Treatment):
     """A guest as a user describes it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="A guest of Ostler")
@@ -132,33 +121,13 @@ class GuestRequest(BaseModel):
     rng: bool = True
     balloon: bool = True
     cold: bool = Field(default=False, description="Boot, even where a snapshot of a booted guest could be had.")
-    cpu_weight: Weight = Field(DEFAULT_WEIGHT, description="Shares of guests that compete are as their weights.")
-    cpu_cap: Cap = Field(None, description="Percent of one host CPU it may use at most.")
-    cpu_reserve: Reserve = Field(0.0, description="Percent of one host CPU it is to have whatever others want.")
     cpu_pin: HostCpusHere = Field(None, description="Host CPUs it runs on.")
-    calls: CallRights = Field(DEFAULT_RIGHTS, description="Of Ostler's own: log, keys, ready, snapshot, own; or none.")
-    on_panic: OnPanic = Field(default(Fault.PANIC), description="Its kernel panicked: poweroff, reset, pause, ignore.")
-    on_triple_fault: OnTripleFault = Field(default(Fault.TRIPLE_FAULT), description="poweroff, reset, pause.")
-    on_hang: OnHang = Field(default(Fault.HANG), description="Its watchdog expired: poweroff, reset, pause, ignore.")
-    on_disk_error: OnDiskError = Field(default(Fault.DISK_ERROR), description="report, pause, poweroff.")
-    on_no_space: OnNoSpace = Field(default(Fault.NO_SPACE), description="Of a disk's file: pause, report, poweroff.")
-    on_backend_lost: OnBackendLost = Field(default(Fault.BACKEND_LOST), description="report, pause, poweroff.")
-    on_memory_error: OnMemoryError = Field(default(Fault.MEMORY_ERROR), description="poweroff, reset, pause, ignore.")
     test_devices: bool = False
 
     @model_validator(mode="after")
     def _shares_fit(self) -> GuestRequest:
-        check_shares(self.cpu_cap, self.cpu_reserve)
-        check_reserve(self.cpu_reserve, self.cpus)
+        self.check_shares(self.cpus)
         return self
-
-    @property
-    def cpu_shares(self) -> dict[str, Any]:
-        """Its share of the host's processors, as a GuestSpec has it."""
-        return {
-            "cpu_weight": self.cpu_weight, "cpu_cap": self.cpu_cap, "cpu_reserve": self.cpu_reserve,
-            "cpu_pin": self.cpu_pin,
-        }  # fmt: skip
 
 
 def parse_request(**values: Any) -> GuestRequest:

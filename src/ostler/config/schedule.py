@@ -14,9 +14,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from ostler.config.complaints import bad_request
+from ostler.config.defaults import PlainTreatment
 from ostler.host.threads import usable_cpus
 
-DEFAULT_WEIGHT, MAX_WEIGHT = 100, 10_000
+MAX_WEIGHT = 10_000
 MIN_CAP_PERCENT, MAX_PERCENT = 1.0, 100.0 * 1024
 MAX_HOST_CPU = 1023
 _RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
@@ -100,7 +101,7 @@ class Schedule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weight: Weight = DEFAULT_WEIGHT
+    weight: Weight = PlainTreatment.cpu_weight
     cap: Cap = Field(None, description="Percent of one host CPU.")
     reserve: Reserve = Field(0.0, description="Percent of one host CPU.")
     pin: HostCpus = None

@@ -210,7 +210,7 @@ def _kernel_plan(definition: Definition, say: Say) -> Plan:
     spec = parse_guest(
         kernel=kernel, initrd=ramdisk, append=" ".join([*words, *([request.append] if request.append else [])]),
         memory=request.memory, cpus=request.cpus, cpu=request.cpu, accel=request.accel, disks=request.disks,
-        nets=request.nets or (), ports=request.ports, test_devices=request.test_devices,
+        nets=request.nets or (), ports=request.ports, test_devices=request.test_devices, **request.treatment,
     )  # fmt: skip
     ports = [str(port) for port in request.ports]
     facts = {"image": request.image or str(kernel), "command": [], "ports": ports, "durable": False, "service": False}

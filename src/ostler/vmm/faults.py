@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ostler.abi.kvm.state import KVM_VCPUEVENT_VALID_SHADOW
-from ostler.config.faults import POLICIES, Fault, checked
+from ostler.config.defaults import POLICIES, Fault, checked
 from ostler.control.wire import Message
 from ostler.devices.virtio.blk import Block
 from ostler.devices.wiring import PowerEvent

@@ -29,7 +29,7 @@ from ostler.boot.kernel import Kernel
 from ostler.boot.kernel import Protocol as BootProtocol
 from ostler.boot.load import read_file, read_kernel
 from ostler.boot.unpacked import UnpackedKernels
-from ostler.config.faults import FIELDS
+from ostler.config.defaults import FIELDS
 from ostler.devices.wiring import PowerEvent
 from ostler.errors import AccelError, HostError, OstlerError, StateError
 from ostler.host.folders import cache_root

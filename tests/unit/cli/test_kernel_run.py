@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from ostler.cli import kernel_run, terminal
-from ostler.config import GuestSpec, parse_guest
+from ostler.config import GuestSpec, parse_guest, parse_request
 from ostler.errors import BadRequest
 from ostler.images import Kernel, initrd, kernels
 from ostler.images.progress import silent
@@ -93,3 +94,26 @@ def test_two_kernels_are_refused(fetched: list[str]) -> None:
     with pytest.raises(BadRequest, match="only one kernel"):
         complete(image="debian-12", kernel="/k")
     assert fetched == []
+
+
+def test_run_kernel_guest_has_the_policies_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs: list[GuestSpec] = []
+
+    def run(spec: GuestSpec, _phases: object) -> Result:
+        specs.append(spec)
+        return Result(exit_status=0)
+
+    monkeypatch.setattr(kernel_run, "run", run)
+    request = parse_request(kernel="vmlinuz", initrd="initrd", on_panic="pause", cpu_weight=200, calls="none")
+
+    assert kernel_run.run_kernel(request, timing=False) == 0
+
+    (spec,) = specs
+    assert (spec.on_panic, spec.cpu_weight, spec.calls) == ("pause", 200, ())
+
+
+@dataclass
+class Result:
+    """All that is asked of one."""
+
+    exit_status: int

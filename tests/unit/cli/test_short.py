@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,12 @@ def test_plain_guest_is_the_one_parse_guest_makes() -> None:
             kernel="vmlinuz", initrd="initrd.img", memory="256M", cpus="2", accel="kvm", append="quiet panic=-1"
         ),
     )
+
+
+def test_short_way_loads_no_library_that_judges() -> None:
+    program = "import sys, ostler.cli.kernel_run, ostler.vmm.run; sys.exit('pydantic' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
 
 
 def test_plain_guest_defaults_are_the_specifications() -> None:

@@ -86,7 +86,7 @@ def test_reservation_is_no_more_than_the_guests_processors_can_use() -> None:
 
 
 def test_request_is_refused_where_the_host_has_no_such_cpu() -> None:
-    assert parse_request(image="debian", cpu_pin=[HERE]).cpu_shares["cpu_pin"] == (HERE,)
+    assert parse_request(image="debian", cpu_pin=[HERE]).treatment["cpu_pin"] == (HERE,)
     with pytest.raises(BadRequest, match="cpu_pin '1023': host CPU 1023 is not one that this process may use"):
         parse_request(image="debian", cpu_pin="1023")
 

@@ -1,4 +1,4 @@
-// The service's JSON, as docs/rest-api.md and src/ostler/hostd/models.py have it; tests/unit/web compares the two.
+// The service's JSON, as docs/rest-api.md and src/ostler/hostd/models have it; tests/unit/web compares the two.
 // Only what the dashboard reads is here.
 
 export type Role = "viewer" | "operator" | "admin";
