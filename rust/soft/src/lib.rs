@@ -18,6 +18,7 @@ mod ioeventfd;
 pub mod irqchip;
 pub mod mem;
 mod peers;
+mod rest;
 mod runpage;
 mod steal;
 pub mod system;

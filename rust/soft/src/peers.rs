@@ -100,17 +100,24 @@ impl Peer {
         self.shared.in_guest.store(inside, SeqCst);
     }
 
-    /// The vCPU's thread: sleeps until one of `bits` is raised. It counts as outside of the guest.
-    pub fn sleep_until(&self, bits: u32) {
+    /// The vCPU's thread: sleeps until one of `bits` is raised, or as long as its `patience` lasts; whether one is. It
+    /// counts as outside of the guest.
+    pub fn sleep_until(&self, bits: u32, patience: Option<Duration>) -> bool {
+        let raised = || self.shared.attention.load(SeqCst) & bits != 0;
         self.set_in_guest(false);
-        let mut guard = lock(&self.sleep);
+        let guard = lock(&self.sleep);
         self.sleeping.store(true, SeqCst);
-        while self.shared.attention.load(SeqCst) & bits == 0 {
-            guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
-        }
+        let guard = match patience {
+            None => self.wake.wait_while(guard, |()| !raised()).unwrap_or_else(PoisonError::into_inner),
+            Some(patience) => {
+                let waited = self.wake.wait_timeout_while(guard, patience, |()| !raised());
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+        };
         self.sleeping.store(false, SeqCst);
         drop(guard);
         self.set_in_guest(true);
+        raised()
     }
 
     /// Waits until the vCPU has acted on `bit` or is outside of the guest. `false` when it does not.
@@ -282,7 +289,7 @@ mod tests {
         let sleeper = peer.clone();
         let thread = std::thread::spawn(move || {
             for _ in 0..2000 {
-                sleeper.sleep_until(attention::IRQ);
+                sleeper.sleep_until(attention::IRQ, None);
                 sleeper.shared.attention.fetch_and(!attention::IRQ, SeqCst);
                 sender.send(()).unwrap();
             }

@@ -21,6 +21,7 @@ impl Default for System {
 impl System {
     /// Looks at the host.
     pub fn new() -> Self {
+        crate::cpu::table::prepare();
         Self { host_khz: host_tsc_khz() }
     }
 

@@ -12,7 +12,7 @@
 //! and whoever changes memory waits for it (`peers`).
 
 use crate::board::{Local, VcpuBoard};
-use crate::clock::lock;
+use crate::clock::{lock, monotonic_ns};
 use crate::cpu::lockstep::Lockstep;
 use crate::cpu::run::RunEnd;
 use crate::cpu::state::rflags;
@@ -20,6 +20,7 @@ use crate::cpu::translate::{Budget, HOT, MEMORY};
 use crate::cpu::{attention, Board, Cpu, Exit};
 use crate::ioctl::requests::*;
 use crate::ioctl::{cpuid, events, int, msrs, regs, sregs, xstate, Answer};
+use crate::rest::{Rest, Turn};
 use crate::runpage::RunPage;
 use kvm_bindings::*;
 use std::sync::atomic::Ordering::*;
@@ -48,6 +49,7 @@ struct Core {
     lockstep: Option<Box<Lockstep>>,
     /// It is to get a translator when it runs: by then it is known how many vCPUs share the memory for that.
     translate: bool,
+    rest: Rest,
 }
 
 struct Inner {
@@ -80,7 +82,7 @@ impl Vcpu {
         let mut cpu = Cpu::new(id, local.machine.slots(), local.peer.shared.clone(), board);
         cpu.wait_sipi = local.lapic().is_some() && !local.machine.is_boot_vcpu(id);
         let translate = engine != "interp" && engine != "lockstep";
-        let core = Mutex::new(Core { cpu, waiting: None, lockstep, translate });
+        let core = Mutex::new(Core { cpu, waiting: None, lockstep, translate, rest: Rest::new(monotonic_ns()) });
         Ok(Self { inner: Arc::new(Inner { local, page, core }) })
     }
 
@@ -192,9 +194,23 @@ impl Inner {
                 RunEnd::Exit(exit) => return Some(self.leave(&mut core.cpu, exit)),
                 RunEnd::Kicked => {}
                 RunEnd::Halted if peer.unhalted.swap(false, SeqCst) => core.cpu.halted = false,
-                RunEnd::Halted | RunEnd::WaitSipi => {
-                    peer.sleep_until(attention::IRQ | attention::EVENT | attention::KICK);
-                }
+                RunEnd::Halted | RunEnd::WaitSipi => self.sleep(core),
+            }
+        }
+    }
+
+    /// Sleeps until there is something to do, and gives memory back when there has not been for a while.
+    fn sleep(&self, core: &mut Core) {
+        let wanted = attention::IRQ | attention::EVENT | attention::KICK;
+        loop {
+            let now_ns = monotonic_ns();
+            match core.rest.halts(now_ns, core.cpu.retired) {
+                Some(Turn::Rest) if core.lockstep.is_none() => core.cpu.rest(),
+                Some(Turn::Stir) => core.cpu.stir(),
+                _ => core.cpu.rest_on(),
+            }
+            if self.local.peer.sleep_until(wanted, core.rest.patience(now_ns)) {
+                return;
             }
         }
     }

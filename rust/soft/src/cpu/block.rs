@@ -162,6 +162,20 @@ impl Blocks {
         self.clears += 1;
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Drops everything and keeps no memory for more.
+    pub(crate) fn release(&mut self) {
+        self.clear();
+        self.chunks = Vec::new();
+        self.map = HashMap::default();
+        self.retired = Vec::new();
+        self.thunks = Thunks::default();
+    }
+
     /// Moves operations into the arena.
     fn store(&mut self, ops: &[Op]) -> *mut Op {
         let room = self.chunks.last().is_some_and(|chunk| chunk.capacity() - chunk.len() >= ops.len());

@@ -70,6 +70,16 @@ fn index() -> &'static [Option<Row>] {
     })
 }
 
+/// Makes what decoding looks things up in, as it is the same for all vCPUs of a process and of those forked from it:
+/// milliseconds, and more than a MiB.
+pub(crate) fn prepare() {
+    index();
+    crate::host::vex::plain(Mnemonic::INVALID);
+    // The tables of decoder and encoder.
+    let nop = iced_x86::Decoder::new(64, &[0x90], iced_x86::DecoderOptions::NONE).decode();
+    let _ = iced_x86::Encoder::new(64).encode(&nop, 0);
+}
+
 /// The row of a mnemonic.
 pub fn row(mnemonic: Mnemonic) -> Option<&'static Row> {
     index()[mnemonic as usize].as_ref()

@@ -20,6 +20,7 @@ pub mod fxsave;
 pub mod kvm;
 pub mod pointer;
 pub mod soft_crypto;
+pub(crate) mod table;
 pub mod thunk;
 pub mod vex;
 pub mod xsave;

@@ -10,6 +10,7 @@
 //! last found there in a [`Site`] of its own. A call leaves a [`Return`] for the RET that matches: it
 //! leads into the calling page without a look at its generation, so these go when code changes.
 
+use crate::host::table::Table;
 use std::sync::atomic::AtomicU64;
 
 /// Entries of the jump table.
@@ -147,6 +148,21 @@ pub mod back {
 #[inline]
 pub fn index(linear: u64) -> usize {
     (linear as u32 ^ (linear as u32) >> 12) as usize & (JUMPS - 1)
+}
+
+/// An empty jump table; `None` where the host has no memory for it. Zeroes lead nowhere: they say address 0, and that
+/// is looked for in its own slot only, which says otherwise.
+pub(crate) fn no_jumps() -> Option<Table<Jump>> {
+    // SAFETY: an entry is integers and pointers that are not followed before its address matches.
+    let mut jumps = unsafe { Table::new(JUMPS) }?;
+    jumps[index(0)] = Jump::NONE;
+    Some(jumps)
+}
+
+/// Empties it.
+pub(crate) fn forget(jumps: &mut Table<Jump>) {
+    jumps.reset();
+    jumps[index(0)] = Jump::NONE;
 }
 
 /// A way out of a piece of code.

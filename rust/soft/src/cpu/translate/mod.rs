@@ -40,8 +40,9 @@ mod vector;
 use super::block::Block;
 use crate::counters::Counters;
 use crate::host::execmem::CodeWriter;
+use crate::host::table::Table;
 use iced_x86::InstructionInfoFactory;
-use link::{Exit, Jump, Sites, JUMPS};
+use link::{Exit, Jump, Sites};
 use std::any::Any;
 use std::collections::HashMap;
 use stubs::Stubs;
@@ -71,6 +72,8 @@ impl Budget {
 
 /// How often a block runs before it is translated.
 pub const HOT: u32 = 4;
+/// The same for a vCPU that idles: what runs now and then is not worth its translation's memory.
+const HOT_AT_REST: u32 = 256;
 
 /// What the translator did so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -139,12 +142,13 @@ pub struct Translator {
     region_bytes: usize,
     stubs: Stubs,
     exits: Vec<Exit>,
-    jumps: Box<[Jump]>,
+    jumps: Table<Jump>,
     sites: Sites,
     factory: InstructionInfoFactory,
     /// `Blocks::clears` when the code was made.
     clears: u64,
     hot: u32,
+    at_rest: bool,
     /// What a handler panicked with.
     panic: Option<Box<dyn Any + Send>>,
     /// How often each handler was called, where that is asked for.
@@ -190,11 +194,12 @@ impl Translator {
             region_bytes,
             stubs,
             exits: Vec::new(),
-            jumps: vec![Jump::NONE; JUMPS].into_boxed_slice(),
+            jumps: link::no_jumps()?,
             sites: Sites::default(),
             factory: InstructionInfoFactory::new(),
             clears: 0,
             hot,
+            at_rest: false,
             panic: None,
             dumps: dumps(),
             handlers: HashMap::new(),
@@ -212,10 +217,29 @@ impl Translator {
         Some((writer, stubs))
     }
 
+    /// Drops all code and makes little more until [`Self::stir`]; the blocks that lead to it are gone.
+    pub(crate) fn rest(&mut self, clears: u64) {
+        self.flush(clears);
+        self.at_rest = true;
+    }
+
+    /// The vCPU has something to do.
+    pub(crate) fn stir(&mut self) {
+        self.at_rest = false;
+    }
+
+    fn threshold(&self) -> u32 {
+        if self.at_rest {
+            self.hot.max(HOT_AT_REST)
+        } else {
+            self.hot
+        }
+    }
+
     /// Drops all code; the blocks that lead to it are gone.
     fn flush(&mut self, clears: u64) {
         self.clears = clears;
-        self.exits.clear();
+        self.exits = Vec::new();
         self.sites = Sites::default();
         self.forget_jumps();
         self.stats.flushes += 1;
@@ -225,7 +249,7 @@ impl Translator {
     }
 
     pub(crate) fn forget_jumps(&mut self) {
-        self.jumps.fill(Jump::NONE);
+        link::forget(&mut self.jumps);
         self.sites.forget();
     }
 

@@ -46,6 +46,9 @@ pub(super) unsafe extern "sysv64" fn call_out(cpu: *mut Cpu, op: *const Op) -> u
 /// What `call_out` gives after a panic, which goes on behind translated code.
 const PANICKED: u32 = STOPS.len() as u32 + 1;
 
+/// Blocks that a vCPU at rest keeps: more than a Linux guest that idles runs in a second, in some 2 MiB.
+const BLOCKS_AT_REST: usize = 4096;
+
 /// How far around the non-canonical addresses direct branches are not to be translated: their
 /// targets may lie there.
 const MARGIN: u64 = 1 << 32;
@@ -84,6 +87,31 @@ impl Cpu {
             self.forget_returns();
         }
         self.refresh_context();
+    }
+
+    /// Gives back what is kept to be fast, and keeps little until [`Self::stir`]. For when the vCPU is not in the guest.
+    pub(crate) fn rest(&mut self) {
+        self.blocks.release();
+        let clears = self.blocks.clears;
+        if let Some(translator) = &mut self.translator {
+            translator.rest(clears);
+        }
+        self.forget_returns();
+        crate::host::table::give_back();
+    }
+
+    /// Keeps to that.
+    pub(crate) fn rest_on(&mut self) {
+        if self.translator.as_ref().is_some_and(|t| t.at_rest) && self.blocks.len() > BLOCKS_AT_REST {
+            self.rest();
+        }
+    }
+
+    /// The vCPU has something to do again.
+    pub(crate) fn stir(&mut self) {
+        if let Some(translator) = &mut self.translator {
+            translator.stir();
+        }
     }
 
     /// Code changed, or all of it goes: RETs look for theirs anew.
@@ -145,7 +173,7 @@ impl Cpu {
             return Some(block.code);
         }
         block.code.runs = block.code.runs.saturating_add(1);
-        if block.code.runs < self.translator.as_ref()?.hot || self.code_size != CodeSize::B64 {
+        if block.code.runs < self.translator.as_ref()?.threshold() || self.code_size != CodeSize::B64 {
             return None;
         }
         let mut bytes = [0u8; MAX_BYTES];
