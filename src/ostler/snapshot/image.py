@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ostler.errors import HostError, StateError
-from ostler.host.copied import PAGE_BYTES, private_ranges
+from ostler.host.copied import PAGE_BYTES, CopiedMapping, private_ranges
 from ostler.host.files import data_extents, punch_hole
 from ostler.host.memfd import SharedMapping
 from ostler.memory import GuestMemory
@@ -32,6 +32,8 @@ from ostler.snapshot.manifest import CHUNK_BYTES
 STEP_BYTES = 64 << 10
 RANGE = struct.Struct("<QQ")
 MAX_RANGES = 1 << 20
+# Each range of changes is a mapping of its own in whoever lays them over an image: of these there are about so many.
+MAX_CHANGES = 8192
 _ZEROES = bytes(STEP_BYTES)
 _ZERO_PAGE = bytes(PAGE_BYTES)
 
@@ -83,11 +85,25 @@ def freeze(memory: GuestMemory) -> int:
     return os.dup(mapping.file)
 
 
-def capture(memory: GuestMemory, target: int, *, shared: bool, ranges: int | None = None) -> Capture:
+def base(memory: GuestMemory, *, shared: bool) -> int | None:
+    """The file that such memory is a private copy of, and that nobody changes any more; it stays the mapping's own.
+
+    None for memory that is no copy of one.
+    """
+    mapping = memory.mapping
+    if shared or not isinstance(mapping, SharedMapping | CopiedMapping):
+        return None
+    return mapping.file if isinstance(mapping, CopiedMapping) or not mapping.owns_file else None
+
+
+def capture(
+    memory: GuestMemory, target: int, *, shared: bool, ranges: int | None = None, holes: int | None = None
+) -> Capture:
     """Catch the memory of a guest that stands still, to be written into the empty file `target`. Raises OSError.
 
     `shared` says that other programs have it mapped. With `ranges`, a descriptor too, only what was written since the
-    memory was frozen goes into `target`, and where that is into `ranges`.
+    memory was frozen goes into `target`, and where that is into `ranges`; with `holes` as well these are where the
+    memory was given back, and `target` is for `lay_over`: what lies close together is one range.
     """
     os.ftruncate(target, len(memory.whole))
     if can_freeze(memory, shared=shared):
@@ -104,19 +120,23 @@ def capture(memory: GuestMemory, target: int, *, shared: bool, ranges: int | Non
         return Capture(target, holder=pid)
     status = 1
     try:
-        _write_private(memory, target, ranges)
+        _write_private(memory, target, ranges, holes)
         status = 0
     finally:
         os._exit(status)
 
 
-def _write_private(memory: GuestMemory, target: int, ranges: int | None) -> None:
+def _write_private(memory: GuestMemory, target: int, ranges: int | None, holes: int | None) -> None:
     mapping = memory.mapping
-    holes = getattr(mapping, "holes", None)
-    empty = [*holes.ranges] if holes is not None else []
+    punched = getattr(mapping, "holes", None)
+    empty = [*punched.ranges] if punched is not None else []
     # What is mapped from common files is in no file of the image's: it counts as the guest's own.
     own = [*getattr(mapping, "merged", ()), *private_ranges(mapping.address, mapping.size_bytes)]
-    if ranges is not None:
+    if ranges is not None and holes is not None:
+        own = joined(own, gap_bytes=max(STEP_BYTES, mapping.size_bytes // MAX_CHANGES))
+        os.write(holes, b"".join(RANGE.pack(*each) for each in empty))
+        os.write(ranges, b"".join(RANGE.pack(*each) for each in own))
+    elif ranges is not None:
         os.write(ranges, b"".join(RANGE.pack(*each) for each in (*empty, *own)))
     else:
         base = getattr(mapping, "file", None)
@@ -128,6 +148,42 @@ def _write_private(memory: GuestMemory, target: int, ranges: int | None) -> None
     for start, size in own:
         for at in range(start, start + size, STEP_BYTES):
             write_step(target, at, bytes(view[at : min(at + STEP_BYTES, start + size)]), over=ranges is None)
+
+
+def joined(ranges: Iterable[tuple[int, int]], *, gap_bytes: int) -> list[tuple[int, int]]:
+    """The ranges in order, those that overlap or lie no more than a gap apart as one."""
+    found: list[tuple[int, int]] = []
+    for start, size in sorted(ranges):
+        if found and start <= sum(found[-1]) + gap_bytes:
+            first, before = found[-1]
+            found[-1] = first, max(before, start + size - first)
+        else:
+            found.append((start, size))
+    return found
+
+
+def lay_over(
+    memory: GuestMemory, changes: Path, *, ranges: list[tuple[int, int]], holes: list[tuple[int, int]]
+) -> None:
+    """Make memory that began with an image what it was when `changes` was written; nobody uses it yet.
+
+    The file's pages are mapped where the image's are, and so shared by all who do the same. Raises StateError.
+    """
+    mapping = memory.mapping
+    try:
+        for start, size in holes:
+            mapping.discard(start, size)
+        if not isinstance(mapping, CopiedMapping):
+            fill(memory, changes, ranges)
+            return
+        with changes.open("rb", buffering=0) as file:
+            # Pages beyond a file's end are SIGBUS.
+            if (size_bytes := os.fstat(file.fileno()).st_size) != mapping.size_bytes:
+                raise StateError(f"snapshot: {changes}: {size_bytes} bytes, expected {mapping.size_bytes}")
+            for start, size in ranges:
+                mapping.merge(start, size, file.fileno(), start)
+    except OSError as error:
+        raise StateError(f"snapshot: {changes}: {error.strerror or error}") from error
 
 
 def copy_data(source: int, target: int) -> None:

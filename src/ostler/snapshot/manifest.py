@@ -24,7 +24,7 @@ from ostler.errors import BadRequest, StateError
 
 FORMAT = 1
 CHUNK_BYTES = 2 << 20
-MANIFEST, STATE, MEMORY, RANGES = "manifest.json", "state", "memory", "memory.ranges"
+MANIFEST, STATE, MEMORY, RANGES, HOLES = "manifest.json", "state", "memory", "memory.ranges", "memory.holes"
 MAX_MANIFEST_BYTES = 16 << 20
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -83,6 +83,8 @@ class Manifest(_Part):
     """Whether the guest's file systems were frozen."""
     memory: str = MEMORY
     """A file of the snapshot; a fork's is the parent's, by its absolute path."""
+    memory_base: Annotated[str, Field(pattern=r"^/proc/\d+/fd/\d+$")] | None = None
+    """The image that a fork's `memory` has changes of, which is the parent's as well."""
     disks: Annotated[dict[str, DiskFacts], Field(max_length=32)] = {}
     files: Annotated[dict[str, FileFacts], Field(max_length=128)] = {}
 

@@ -156,16 +156,22 @@ class Capturer:
         self._check(forked=True)
         machine = self._process.machine
         can_freeze = image.can_freeze(machine.memory, shared=machine.shares_memory)
+        # What stays as it is need not be copied once more: children have it, and what was written since over it.
+        base = image.base(machine.memory, shared=machine.shares_memory)
 
         def catch(_caught: Caught) -> tuple[int, image.Capture | None]:
             if can_freeze:
                 return image.freeze(machine.memory), None
-            target = os.memfd_create("ostler-fork", os.MFD_CLOEXEC)
-            try:
-                return target, image.capture(machine.memory, target, shared=machine.shares_memory)
-            except BaseException:
-                os.close(target)
-                raise
+            with contextlib.ExitStack() as undo, contextlib.ExitStack() as always:
+                target = os.memfd_create("ostler-fork", os.MFD_CLOEXEC)
+                undo.callback(os.close, target)
+                changes = {}
+                for key, name in (("ranges", manifest.RANGES), ("holes", manifest.HOLES)) if base is not None else ():
+                    changes[key] = os.open(folder / name, CREATE, 0o600)
+                    always.callback(os.close, changes[key])
+                made = image.capture(machine.memory, target, shared=machine.shares_memory, **changes)
+                undo.pop_all()
+            return target, made
 
         caught, (memory, capture) = self._catch(catch)
 
@@ -176,7 +182,10 @@ class Capturer:
                 disk_layers.save_map(frozen, folder / block_map, flat=False)
                 layers = tuple(_own_path(fd) for fd in frozen.layers)
                 caught.disks[name] = caught.disks[name].model_copy(update={"layers": layers, "block_map": block_map})
-            identity = {"id": secrets.token_hex(8), "memory": _own_path(memory)}
+            identity = {
+                "id": secrets.token_hex(8), "memory": _own_path(memory),
+                "memory_base": _own_path(base) if base is not None and not can_freeze else None,
+            }  # fmt: skip
             manifest.save(self._manifest(caught, {**given, **identity}), folder)
 
         return Seed(folder, memory, capture, write, caught.pause_ms)

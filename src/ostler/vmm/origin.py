@@ -67,7 +67,7 @@ class Origin:
 
     def open_memory(self) -> int:
         whole = self._parent or self.snapshot
-        path = manifest.place(whole.folder, whole.manifest.memory)
+        path = manifest.place(whole.folder, whole.manifest.memory_base or whole.manifest.memory)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -79,11 +79,16 @@ class Origin:
 
     def complete(self, memory: GuestMemory) -> None:
         """Bring memory that began with the parent's image to what it was at the snapshot. Raises StateError."""
-        if self._parent is None:
-            return
         folder, facts = self.snapshot.folder, self.snapshot.manifest
+        if self._parent is None and facts.memory_base is None:
+            return
         ranges = image.read_ranges(folder / manifest.RANGES, len(memory.whole))
-        image.fill(memory, manifest.place(folder, facts.memory), ranges)
+        changes = manifest.place(folder, facts.memory)
+        if facts.memory_base is None:
+            image.fill(memory, changes, ranges)
+        else:
+            holes = image.read_ranges(folder / manifest.HOLES, len(memory.whole))
+            image.lay_over(memory, changes, ranges=ranges, holes=holes)
 
     def _disk_image(self, facts: manifest.DiskFacts) -> DiskImage:
         folder, base = self.snapshot.folder, Path(facts.base)

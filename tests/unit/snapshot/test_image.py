@@ -78,6 +78,54 @@ def test_incremental_image_over_its_parent_is_the_memory(memory: GuestMemory, tm
         assert bytes(restored.whole) == now
 
 
+def changes(memory: GuestMemory, folder: Path) -> bytes:
+    """Catch what was written since memory was an image; what it is now."""
+    fds = [a_file(folder / name) for name in ("changes", "ranges", "holes")]
+    image.capture(memory, fds[0], shared=False, ranges=fds[1], holes=fds[2]).finish()
+    for fd in fds:
+        os.close(fd)
+    return bytes(memory.whole)
+
+
+def begun(folder: Path, base: int) -> GuestMemory:
+    """Memory of an image with the changes over it."""
+    found = GuestMemory.of_size(SIZE, shared=False, image=base)
+    ranges, holes = (image.read_ranges(folder / name, SIZE) for name in ("ranges", "holes"))
+    image.lay_over(found, folder / "changes", ranges=ranges, holes=holes)
+    return found
+
+
+def test_changes_over_their_image_are_the_memory_and_again_in_the_next_generation(
+    memory: GuestMemory, tmp_path: Path
+) -> None:
+    base = image.freeze(memory)
+    memory.write(0x30_0000, b"new")
+    memory.write(0x30_4000, b"near it")
+    memory.discard(0x10_0000, PAGE_BYTES)
+    now = changes(memory, tmp_path)
+    assert len(image.read_ranges(tmp_path / "ranges", SIZE)) == 1
+    with begun(tmp_path, base) as child:
+        assert child.touched_bytes == 0
+        assert bytes(child.whole) == now
+        child.write(0x3000, b"child")
+        child.discard(0x30_0000, PAGE_BYTES)
+        kept = image.base(child, shared=False)
+        assert kept is not None
+        (tmp_path / "next").mkdir()
+        now = changes(child, tmp_path / "next")
+        with begun(tmp_path / "next", os.dup(kept)) as grandchild:
+            assert bytes(grandchild.whole) == now
+
+
+def test_changes_shorter_than_the_memory_are_refused(memory: GuestMemory, tmp_path: Path) -> None:
+    base = image.freeze(memory)
+    memory.write(0x30_0000, b"new")
+    changes(memory, tmp_path)
+    os.truncate(tmp_path / "changes", SIZE - PAGE_BYTES)
+    with pytest.raises(StateError, match=f"expected {SIZE}"):
+        begun(tmp_path, base)
+
+
 def test_memory_begun_with_an_image_is_caught_whole(memory: GuestMemory, tmp_path: Path) -> None:
     caught(memory, tmp_path / "parent")
     with GuestMemory.of_size(SIZE, shared=False, image=os.open(tmp_path / "parent", os.O_RDONLY)) as restored:
