@@ -8,6 +8,7 @@
 //! physical address.
 
 use super::bind::{bind, Thunks};
+use super::mmu::canonical;
 use super::op::Op;
 use super::state::{seg, CodeSize};
 use super::translate::Translation;
@@ -55,6 +56,8 @@ pub(crate) struct Block {
     pub host: *const u8,
     /// Its translation.
     pub code: Translation,
+    /// Executions of that until it is time for a trace.
+    pub heat: i32,
     /// Ends in a near direct branch or falls through: successors may be linked.
     pub linkable: bool,
     pub bytes: u8,
@@ -176,6 +179,12 @@ impl Blocks {
         self.thunks = Thunks::default();
     }
 
+    /// The block with this key, if it is known and valid.
+    pub(crate) fn at(&mut self, key: u64) -> Option<*mut Block> {
+        let block = self.map.get_mut(&key)?;
+        block.valid().then_some(&raw mut **block)
+    }
+
     /// Moves operations into the arena.
     fn store(&mut self, ops: &[Op]) -> *mut Op {
         let room = self.chunks.last().is_some_and(|chunk| chunk.capacity() - chunk.len() >= ops.len());
@@ -216,6 +225,17 @@ unsafe fn longer_than_15(cpu: &mut Cpu, _: &Op) -> R {
 /// What a stale block's operations become: leave before executing this one.
 unsafe fn cut(_: &mut Cpu, _: &Op) -> R {
     Err(Stop::Again)
+}
+
+/// Stands for the code size in the keys of such blocks.
+const NEAR_THE_HOLE: u64 = 3;
+
+/// How far around the addresses that are not canonical direct branches could lead there.
+const MARGIN: u64 = 1 << 32;
+
+/// Whether an address is so near to them.
+pub(crate) fn near_the_hole(linear: u64) -> bool {
+    !(canonical(linear.wrapping_add(MARGIN)) && canonical(linear.wrapping_sub(MARGIN)))
 }
 
 #[inline(always)]
@@ -295,7 +315,7 @@ impl Cpu {
     /// The linear address of code at offset `rip`; #GP(0) beyond the limit or not canonical.
     fn code_linear(&mut self, rip: u64, size: u64) -> R<u64> {
         if !self.legacy {
-            if !super::mmu::canonical(rip) {
+            if !canonical(rip) {
                 return Err(self.gp(0));
             }
             return Ok(rip);
@@ -308,9 +328,13 @@ impl Cpu {
     }
 
     /// What a block is found by: a slot's host address stands for the physical one, as all blocks go
-    /// when the slots change.
-    fn key(&self, host: *const u8) -> u64 {
-        (host as u64) << 2 | self.code_size as u64
+    /// when the slots change. Pages that are near the addresses that are not canonical have blocks of their own.
+    pub(crate) fn key(&self, host: *const u8) -> u64 {
+        let kind = match self.code_size {
+            CodeSize::B64 if near_the_hole(self.rip) => NEAR_THE_HOLE,
+            size => size as u64,
+        };
+        (host as u64) << 2 | kind
     }
 
     /// Host address of code, through the execute tag.
@@ -453,6 +477,7 @@ impl Cpu {
             word,
             host: (key >> 2) as *const u8,
             code: Translation::NONE,
+            heat: 0,
             linkable: linkable && second.is_none(),
             joins: linkable,
             bytes: end as u8,

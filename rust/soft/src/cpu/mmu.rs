@@ -5,7 +5,8 @@
 //! has one tag each for reading, writing and execution: the linear page, with the address space
 //! number in its low 12 bits. `(address + size - 1) & !0xfff | asid` equals the tag only when the
 //! access is allowed, lies within one page and that page is RAM, so one comparison decides the
-//! fast path. Whatever needs more (MMIO, clean pages under a dirty log, pages with decoded code,
+//! fast path. What an entry displaces waits behind it, at the same slot of the array's second half, as two pages
+//! that share a slot often are both in use. Whatever needs more (MMIO, clean pages under a dirty log, pages with decoded code,
 //! page-crossing accesses) has no matching tag and takes the slow path.
 //!
 //! PCIDs (and CR3 values without PCID) map to address space numbers; forgetting a PCID gives it a
@@ -21,8 +22,10 @@ use super::{attention, Cpu};
 use crate::mem::Slot;
 use std::sync::atomic::Ordering::Relaxed;
 
-/// Entries per array.
+/// Entries per array that accesses look at.
 pub const ENTRIES: usize = 4096;
+/// With those they displaced: those of slot `n` are entries `n` and `n + ENTRIES`.
+const ALL: usize = 2 * ENTRIES;
 /// A tag that matches no access (0xfff is never an address space number).
 pub const INVALID: u64 = u64::MAX;
 
@@ -61,7 +64,7 @@ pub enum Mode {
 
 /// The three arrays and the address space numbers.
 pub struct Tlb {
-    arrays: Box<[[Entry; ENTRIES]; 4]>,
+    arrays: Box<[[Entry; ALL]; 4]>,
     pub(crate) mode: Mode,
     /// The pages that the jump caches may lead to.
     pub(crate) code: Filter,
@@ -85,7 +88,7 @@ pub struct Tlb {
 impl Default for Tlb {
     fn default() -> Self {
         Self {
-            arrays: vec![[EMPTY; ENTRIES]; 4].into_boxed_slice().try_into().ok().unwrap_or_else(|| unreachable!()),
+            arrays: vec![[EMPTY; ALL]; 4].into_boxed_slice().try_into().ok().unwrap_or_else(|| unreachable!()),
             mode: Mode::Super,
             code: Filter::default(),
             large: Filter::default(),
@@ -125,7 +128,8 @@ impl Tlb {
         } else {
             self.locals
                 .iter()
-                .fold(false, |any, &slot| any | (std::mem::replace(&mut array[slot as usize], EMPTY).w != INVALID))
+                .flat_map(|&slot| [slot as usize, slot as usize + ENTRIES])
+                .fold(false, |any, at| any | (std::mem::replace(&mut array[at], EMPTY).w != INVALID))
         };
         self.locals.clear();
         any
@@ -350,7 +354,9 @@ impl Cpu {
         self.forget_stack_page();
         self.note_lost_write();
         for array in self.tlb.arrays.iter_mut() {
-            for entry in &mut array[index(first)..][..pages] {
+            let (front, behind) = array.split_at_mut(ENTRIES);
+            let slots = index(first)..index(first) + pages;
+            for entry in front[slots.clone()].iter_mut().chain(&mut behind[slots]) {
                 let of = |tag: u64| tag != INVALID && tag & mask == first;
                 if of(entry.r) || of(entry.w) || of(entry.x) {
                     *entry = EMPTY;
@@ -367,9 +373,7 @@ impl Cpu {
         let start = linear & !0xfff;
         let tag = start | self.asid;
         let pick = |yes: bool| if yes { tag } else { INVALID };
-        if self.entry(linear).w != INVALID {
-            self.note_lost_write();
-        }
+        self.displace(linear, tag);
         if page.large {
             self.tlb.large.note(linear >> 21);
         }
@@ -385,6 +389,26 @@ impl Cpu {
             x: pick(page.executable),
             addend: (host_page as usize).wrapping_sub(start as usize),
         };
+    }
+
+    /// Makes room for a translation with this tag: what is of another page goes behind.
+    fn displace(&mut self, linear: u64, tag: u64) {
+        // SAFETY: as entry(); the array has a second half.
+        let (front, behind) = unsafe {
+            let front = self.tlb_now.add(index(linear));
+            (&mut *front, &mut *front.add(ENTRIES))
+        };
+        let old = *front;
+        let same = |entry: &Entry| [entry.r, entry.w, entry.x].contains(&tag);
+        let void = [old.r, old.w, old.x] == [INVALID; 3];
+        // What was known of this page goes, wherever it is.
+        let mut lost = old;
+        if same(behind) || !void && !same(&old) {
+            lost = std::mem::replace(behind, if same(&old) { EMPTY } else { old });
+        }
+        if lost.w != INVALID {
+            self.note_lost_write();
+        }
     }
 
     /// Whether stores to this page may take the fast path: logged already, and no code on it.

@@ -123,6 +123,16 @@ impl CodeWriter {
         }
     }
 
+    /// Makes the code at an offset a jump to another offset; five bytes there are nobody else's. Nobody may be
+    /// executing them.
+    pub fn patch_jump(&mut self, from: usize, to: usize) {
+        if from + 5 <= self.used {
+            // SAFETY: the byte lies inside the writable mapping.
+            unsafe { self.writable.start.as_ptr().add(from).write(0xe9) };
+            self.patch(from + 1, (to as i32).wrapping_sub(from as i32 + 5));
+        }
+    }
+
     /// What keeps this region's code mapped.
     pub fn view(&self) -> Arc<ExecView> {
         Arc::clone(&self.view)

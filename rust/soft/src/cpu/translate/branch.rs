@@ -3,7 +3,7 @@
 //! An indirect branch to an address that is not canonical is found out after the fact, where no code
 //! is found for it; its exit says how to take it back. CALL checks before it pushes.
 //!
-//! A cycle of code has a backward direct branch or an indirect one in it, and these look at the attention
+//! A cycle of pieces has a backward direct branch or an indirect one in it, and these look at the attention
 //! word. A RET does before it trusts a note: another vCPU that changes code says so there before it goes on.
 
 use super::asm::{cc, cell, group, Label, Rm};
@@ -16,7 +16,7 @@ use super::shape::home;
 
 impl Emitter<'_> {
     /// The page offset a direct branch leads to; it may lie beyond the page.
-    fn target(step: &Step) -> i64 {
+    pub(super) fn target(step: &Step) -> i64 {
         step.ins.near_branch_target() as i64
     }
 
@@ -38,7 +38,7 @@ impl Emitter<'_> {
 
     /// Where the flags are in the `Cpu` and the condition is about bits next to each other, tests
     /// them there: gives the condition to branch by.
-    fn test_saved(&mut self, condition: u8) -> Option<u8> {
+    pub(super) fn test_saved(&mut self, condition: u8) -> Option<u8> {
         // CF, ZF, CF or ZF, SF, PF, as LAHF has them; OF is the image's other byte.
         let (byte, mask) = match condition >> 1 {
             0 => (0, 0x01),
@@ -104,7 +104,7 @@ impl Emitter<'_> {
         self.asm.load32(RCX, Rm::Mem(RCX, 4));
         self.asm.alu(false, group::CMP, RCX, cell_of(site::GENERATION));
         self.asm.jump_if(cc::NE, miss);
-        if target <= self.source.offset as i64 {
+        if target <= self.highest as i64 {
             self.asm.load(RCX, cell(field::ATTENTION));
             self.asm.alu_imm(false, group::CMP, Rm::Mem(RCX, 0), 0);
             self.asm.jump_if(cc::NE, miss);

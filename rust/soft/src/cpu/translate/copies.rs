@@ -12,6 +12,28 @@ use super::shape::{home, Operand, Role};
 use super::vector::open;
 use iced_x86::{Mnemonic, Register};
 
+/// Whether ModRM.rm may be the slot of a register that lives in memory.
+fn in_place(step: &Step, operand: &Operand) -> bool {
+    use Mnemonic::*;
+    // With memory and a register, BT's operands would be a bit string; the OF of ROL and ROR is undefined, and
+    // another in memory than in a register.
+    let special = matches!(step.ins.mnemonic(), Xchg | Xadd | Bt | Bts | Btr | Btc | Rol | Ror);
+    let register_only =
+        operand.high_byte() || special || step.plan.class == Class::Vector || operand.role == Role::OpcodeReg;
+    !(register_only || operand.written && operand.size == 4)
+}
+
+/// Whether an instruction that is copied uses R11 for a register operand.
+pub(super) fn takes_r11(step: &Step) -> bool {
+    step.plan.operands.iter().flatten().any(|operand| {
+        let spilled = operand.gpr().is_some_and(|guest| matches!(home(guest), Rm::Mem(..)));
+        match operand.role {
+            Role::RmReg | Role::OpcodeReg => operand.high_byte() || spilled && !in_place(step, operand),
+            _ => false,
+        }
+    })
+}
+
 impl Emitter<'_> {
     pub(super) fn copy_instruction(&mut self, step: &Step) {
         self.copy_with(step, alignment(step));
@@ -70,20 +92,10 @@ impl Emitter<'_> {
         };
         let (rm_field, rm_slot) = match (memory, rm) {
             (Some(memory), _) => (memory, None),
-            (None, Some(o)) => {
-                // With memory and a register, BT's operands would be a bit string.
-                let bits = matches!(step.ins.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
-                let vector = step.plan.class == Class::Vector;
-                // The OF of these is undefined, and another in memory than in a register.
-                let rotates = matches!(step.ins.mnemonic(), Mnemonic::Rol | Mnemonic::Ror);
-                let register_only =
-                    o.high_byte() || exchanges || bits || rotates || vector || o.role == Role::OpcodeReg;
-                let in_place = !(register_only || o.written && o.size == 4);
-                match o.gpr().map(home) {
-                    Some(slot @ Rm::Mem(..)) if in_place => (slot, None),
-                    _ => self.bring(&o, R11, exchanges),
-                }
-            }
+            (None, Some(o)) => match o.gpr().map(home) {
+                Some(slot @ Rm::Mem(..)) if in_place(step, &o) => (slot, None),
+                _ => self.bring(&o, R11, exchanges),
+            },
             (None, None) => (Rm::Reg(GUEST_RAX), None),
         };
         let (Rm::Reg(reg_number), Rm::Reg(vvvv_number)) = (reg_field, vvvv_field) else {

@@ -14,26 +14,51 @@ use super::group::{After, Group};
 use super::layout::{field, host::*};
 use super::link::{Exit, Site, Sites};
 use super::stubs::Stubs;
+use crate::cpu::block::Block;
 use crate::cpu::op::Op;
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory};
 use std::sync::atomic::AtomicU64;
 
-/// What is to be translated.
-pub struct Source<'a> {
-    /// The block's bytes.
+/// A block of what is to be translated.
+pub struct Part<'a> {
+    /// Its bytes.
     pub bytes: &'a [u8],
     /// Its operations, one an instruction.
     pub ops: &'a [Op],
     /// Where it begins in its page.
     pub offset: usize,
-    /// Host address of that page.
+}
+
+impl<'a> Part<'a> {
+    /// A block whose first bytes are `bytes`.
+    pub(crate) fn of(block: &'a Block, bytes: &'a [u8]) -> Self {
+        // SAFETY: a block has `count` operations.
+        let ops = unsafe { std::slice::from_raw_parts(block.ops, block.count as usize) };
+        Self { bytes: &bytes[..block.bytes as usize], ops, offset: block.host as usize & 0xfff }
+    }
+}
+
+/// What is to be translated.
+pub struct Source<'a> {
+    /// Blocks that follow each other, see `trace.rs`.
+    pub parts: &'a [Part<'a>],
+    /// Host address of their page.
     pub page: usize,
-    /// Whether its direct successors may be linked.
+    /// Whether the last one's direct successors may be linked.
     pub linkable: bool,
     /// Word and generation of its second page, when it straddles two.
     pub second: Option<(*const AtomicU64, u32)>,
     /// See `Translator::counted`.
     pub counted: bool,
+    /// Counted down each time; below zero it is time to translate the block anew.
+    pub heat: Option<*mut i32>,
+}
+
+impl Source<'_> {
+    /// Where it begins in its page.
+    pub fn start(&self) -> usize {
+        self.parts[0].offset
+    }
 }
 
 /// A translated block, to be put where it was made for.
@@ -59,12 +84,27 @@ pub(super) enum Flags {
     Both,
 }
 
-/// One instruction of the block.
-pub(super) struct Step {
+/// How control goes on behind an instruction within a piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lead {
+    /// To the next instruction, or out of the piece.
+    Next,
+    /// A branch of which the piece has what follows when it is not taken, at the next step.
+    Through,
+    /// The same, when it is taken.
+    Taken,
+}
+
+/// One instruction of the piece.
+pub(super) struct Step<'a> {
     pub ins: Instruction,
     pub plan: Plan,
-    /// Page offset of the next instruction.
+    pub op: &'a Op,
+    /// Page offset of its block, which its operation counts from.
+    pub block: usize,
+    /// Page offset of the next instruction in memory.
     pub next: usize,
+    pub lead: Lead,
 }
 
 pub(super) struct Emitter<'a> {
@@ -78,7 +118,9 @@ pub(super) struct Emitter<'a> {
     /// How far the vector registers are known to be open.
     pub opened: u8,
     /// The block's instructions.
-    pub steps: &'a [Step],
+    pub steps: &'a [Step<'a>],
+    /// The last of its blocks in the page: what does not lead beyond it may be a cycle.
+    pub highest: usize,
     /// The cold copies of groups are in work.
     pub cold: bool,
     pub groups: Vec<Group>,
@@ -88,10 +130,14 @@ pub(super) struct Emitter<'a> {
     pub miss: Option<Label>,
     pub misses: Vec<Miss>,
     pub stack_misses: Vec<super::memory::StackMiss>,
+    pub seconds: Vec<super::memory::Second>,
     /// What R11 is, if that is good for more.
     pub known: Option<super::near::Known>,
     pub near_misses: Vec<super::near::NearMiss>,
     pub colds: Vec<Cold>,
+    pub asides: Vec<super::trace::Aside>,
+    /// Where it turns out that the block is hot.
+    pub hot: Option<Label>,
     /// Branches to other pages: where they miss, their sites, where they lead.
     pub far: Vec<(Label, *mut Site, i64)>,
     /// Where RETs come back to, and the page offset that is.
@@ -102,19 +148,17 @@ pub(super) struct Emitter<'a> {
     pub first_exit: usize,
 }
 
-fn analyse(source: &Source, factory: &mut InstructionInfoFactory) -> Vec<Step> {
-    let mut decoder = Decoder::with_ip(64, source.bytes, source.offset as u64, DecoderOptions::NONE);
-    let mut steps = Vec::with_capacity(source.ops.len());
+fn analyse<'a>(part: &Part<'a>, factory: &mut InstructionInfoFactory, steps: &mut Vec<Step<'a>>) {
+    let mut decoder = Decoder::with_ip(64, part.bytes, part.offset as u64, DecoderOptions::NONE);
     let mut start = 0;
-    while steps.len() < source.ops.len() && decoder.can_decode() {
+    for op in part.ops {
         let ins = decoder.decode();
         let offsets = decoder.get_constant_offsets(&ins);
-        let bytes = &source.bytes[start..start + ins.len()];
+        let bytes = &part.bytes[start..start + ins.len()];
         start += ins.len();
         let plan = plan(&ins, bytes, &offsets, factory);
-        steps.push(Step { ins, plan, next: source.offset + start });
+        steps.push(Step { ins, plan, op, block: part.offset, next: part.offset + start, lead: Lead::Next });
     }
-    steps
 }
 
 /// Translates a block; its code is for offset `origin` of the region, its exits are numbered from
@@ -126,10 +170,14 @@ pub fn translate(
     first_exit: usize,
     (factory, sites): (&mut InstructionInfoFactory, &mut Sites),
 ) -> Option<Piece> {
-    let steps = analyse(&source, factory);
-    if steps.len() != source.ops.len() {
-        return None;
+    let mut steps = Vec::with_capacity(64);
+    for (index, part) in source.parts.iter().enumerate() {
+        analyse(part, factory, &mut steps);
+        if let Some(next) = source.parts.get(index + 1) {
+            super::trace::join(steps.last_mut()?, next.offset)?;
+        }
     }
+    let highest = source.parts.iter().map(|part| part.offset).max()?;
     let mut e = Emitter {
         asm: Asm::new(origin),
         source,
@@ -139,15 +187,19 @@ pub fn translate(
         index: 0,
         opened: 0,
         steps: &steps,
+        highest,
         cold: false,
         groups: Vec::new(),
         after: Vec::with_capacity(steps.len()),
         miss: None,
         misses: Vec::new(),
         stack_misses: Vec::new(),
+        seconds: Vec::new(),
         known: None,
         near_misses: Vec::new(),
         colds: Vec::new(),
+        asides: Vec::new(),
+        hot: None,
         far: Vec::new(),
         landings: Vec::new(),
         slow_returns: Vec::new(),
@@ -178,7 +230,7 @@ impl Emitter<'_> {
     /// The piece's two entries: with the flags in RFLAGS, and in the `Cpu`.
     fn entries(&mut self) -> (usize, usize) {
         let first = self.steps.iter().map(|s| &s.plan).find(|p| p.clobbers_flags() || p.needs_flags || p.sets_flags);
-        let fixed = self.source.second.is_some() || self.source.counted;
+        let fixed = self.source.second.is_some() || self.source.counted || self.source.heat.is_some();
         match first.filter(|plan| !fixed && !plan.clobbers_flags()) {
             Some(plan) if plan.needs_flags => {
                 self.asm.load_flags(field::FLAGS);
@@ -199,6 +251,7 @@ impl Emitter<'_> {
         let entry = self.asm.code.len();
         self.check_second_page();
         self.retire();
+        self.heat();
         (0, entry)
     }
 
@@ -239,6 +292,8 @@ impl Emitter<'_> {
             Class::Divide(signed) => self.divide(step, signed),
             Class::Cmpxchg => self.cmpxchg(step),
             Class::Carry => self.carry(step),
+            Class::Jcc if step.lead != Lead::Next => self.jcc_aside(step),
+            Class::Jmp if step.lead != Lead::Next => {}
             Class::Jcc => self.jcc(step),
             Class::Jmp => self.jmp(step),
             Class::JmpIndirect => self.jmp_indirect(step),
@@ -259,7 +314,7 @@ impl Emitter<'_> {
         self.asm.modrm(&[], false, false, &[0x81], group::CMP, Rm::Mem(RCX, 4));
         self.asm.bytes(&generation.to_le_bytes());
         self.asm.jump_if(cc::E, stands);
-        self.address_in_code(R11, self.source.offset as i64);
+        self.address_in_code(R11, self.source.start() as i64);
         self.asm.jump_to(self.stubs.next);
         self.asm.place(stands);
     }

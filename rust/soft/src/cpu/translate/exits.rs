@@ -1,11 +1,10 @@
 //! Emit: the ways out of a block: to handlers when a fast path does not apply, and on to other code.
 
 use super::asm::{cc, cell, group, Asm, Label, Rm};
-use super::emit::{Emitter, Flags};
+use super::emit::{Emitter, Flags, Step};
 use super::layout::{field, host::*};
 use super::link::Exit;
 use super::stubs::Stubs;
-use crate::cpu::op::Op;
 
 /// An out-of-line execution by handler.
 pub(super) struct Miss {
@@ -59,10 +58,9 @@ impl Emitter<'_> {
     }
 
     fn call_out(&mut self, index: usize, stub: usize) {
-        let op: *const Op = &self.source.ops[index];
-        self.asm.load_imm64(RCX, op as usize as u64);
-        let count = self.source.ops.len();
-        self.asm.load_imm(RAX, (self.source.offset | index << 16 | count << 24) as u32);
+        let Step { op, block, .. } = self.steps[index];
+        self.asm.load_imm64(RCX, std::ptr::from_ref(op) as usize as u64);
+        self.asm.load_imm(RAX, (block | index << 16 | self.steps.len() << 24) as u32);
         self.asm.call_to(stub);
     }
 
@@ -76,7 +74,10 @@ impl Emitter<'_> {
     pub(super) fn out_of_line(&mut self) {
         self.groups_out_of_line();
         self.stack_out_of_line();
+        self.seconds_out_of_line();
         self.near_out_of_line();
+        self.asides_out_of_line();
+        self.hot_out_of_line();
         for miss in std::mem::take(&mut self.misses) {
             self.asm.place(miss.from);
             if miss.save {
@@ -103,7 +104,7 @@ impl Emitter<'_> {
     /// Counts the block's instructions, when the flags do not matter: at its start. Whatever leaves
     /// it early takes the rest back.
     pub(super) fn retire(&mut self) {
-        let count = self.source.ops.len() as i32;
+        let count = self.steps.len() as i32;
         self.asm.alu_imm(true, group::ADD, cell(field::RETIRED), count);
         if self.source.counted {
             self.stay_within_limit(count);
@@ -112,8 +113,12 @@ impl Emitter<'_> {
 
     /// The same, where the flags do matter.
     pub(super) fn retire_quietly(&mut self) {
+        self.count_quietly(self.steps.len() as i32);
+    }
+
+    pub(super) fn count_quietly(&mut self, instructions: i32) {
         self.asm.load(RAX, cell(field::RETIRED));
-        self.asm.lea(true, RAX, Some(RAX), None, self.source.ops.len() as i32);
+        self.asm.lea(true, RAX, Some(RAX), None, instructions);
         self.asm.store(cell(field::RETIRED), RAX);
     }
 
@@ -125,7 +130,7 @@ impl Emitter<'_> {
         self.asm.alu(true, group::CMP, RAX, cell(field::LIMIT));
         self.asm.jump_if(cc::BE, fits);
         self.asm.alu_imm(true, group::SUB, cell(field::RETIRED), count);
-        self.address_in_code(R11, self.source.offset as i64);
+        self.address_in_code(R11, self.source.start() as i64);
         self.asm.jump_to(self.stubs.next);
         self.asm.place(fits);
     }
@@ -172,7 +177,7 @@ impl Emitter<'_> {
         let Some((exit, cold)) = self.new_link(target) else {
             return self.go_far(target);
         };
-        if target <= self.source.offset as i64 {
+        if target <= self.highest as i64 {
             self.asm.load(RCX, cell(field::ATTENTION));
             self.asm.load32(RCX, Rm::Mem(RCX, 0));
             self.asm.skip_if_ecx_zero(5);
@@ -184,7 +189,7 @@ impl Emitter<'_> {
 
     /// To a page offset if `condition` holds.
     pub(super) fn go_if(&mut self, condition: u8, target: i64) -> Option<Label> {
-        let forward = target > self.source.offset as i64;
+        let forward = target > self.highest as i64;
         if let Some((exit, cold)) = forward.then(|| self.new_link(target)).flatten() {
             self.asm.jump_if(condition, cold);
             self.link_here(exit);
@@ -196,8 +201,8 @@ impl Emitter<'_> {
     }
 
     pub(super) fn indirect_exit(&mut self, popped: u32) -> i32 {
-        let from =
-            self.source.offset + self.source.ops[self.index].end as usize - self.source.ops[self.index].len as usize;
+        let Step { op, block, .. } = self.steps[self.index];
+        let from = block + op.end as usize - op.len as usize;
         self.exits.push(Exit::Indirect { from: from as u16, popped });
         (self.first_exit + self.exits.len() - 1) as i32
     }

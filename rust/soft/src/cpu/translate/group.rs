@@ -10,18 +10,18 @@
 
 use super::asm::{cell, Label, Rm};
 use super::classes::Class;
-use super::emit::{ends, Emitter, Flags, Step};
+use super::emit::{ends, Emitter, Flags, Lead, Step};
 use super::layout::{field, host::*};
 use super::memory::RSP_NUMBER as RSP_BASE;
 use super::near::{Known, Place};
-use super::shape::{home, Role};
+use super::shape::home;
 use crate::cpu::state::seg;
 use iced_x86::{Mnemonic, OpKind, Register};
 
 /// Most bytes of a group: the more there are, the more often they lie in two pages.
 const SPAN: i32 = 128;
 /// Most instructions that are looked at ahead.
-const AHEAD: usize = 16;
+const AHEAD: usize = 32;
 
 /// What the accesses of a group touch, as displacements from the first one's base register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,18 +121,12 @@ fn constant_move(step: &Step, base: usize) -> Option<i32> {
 fn keeps_r11(step: &Step) -> bool {
     use Class::*;
     let simple = matches!(step.plan.class, Copy | Vector | MovImmediate | Lea | Nothing | Carry | Widen | Spread);
-    let through_r11 = step.plan.operands.iter().flatten().any(|o| match o.role {
-        Role::RmReg | Role::OpcodeReg => {
-            o.high_byte() || o.gpr().is_some_and(|guest| matches!(home(guest), Rm::Mem(..)))
-        }
-        _ => false,
-    });
-    simple && !through_r11
+    (simple || step.lead != Lead::Next) && !super::copies::takes_r11(step)
 }
 
 impl Emitter<'_> {
     /// The one access that a step makes, if a group may have it.
-    fn access_of(&self, step: &Step, index: usize) -> Option<Access> {
+    fn access_of(&self, step: &Step) -> Option<Access> {
         let stack =
             |displacement, write| Some(Access { place: Place { base: RSP_BASE, displacement }, size: 8, write });
         match step.plan.class {
@@ -142,7 +136,7 @@ impl Emitter<'_> {
                 let operand = step.plan.operands[step.plan.memory?]?;
                 let size = step.ins.memory_size().size();
                 let single = size.is_power_of_two() && size <= 32 && super::copies::alignment(step) == 1;
-                let place = self.place_at(step, index).filter(|_| single)?;
+                let place = self.place_at(step).filter(|_| single)?;
                 Some(Access { place, size: size as i32, write: operand.written })
             }
             _ => None,
@@ -156,14 +150,14 @@ impl Emitter<'_> {
             return None;
         }
         // Others do more than this one access, before it or after.
-        self.access_of(&self.steps[self.index], self.index).filter(|own| own.place == place)?;
+        self.access_of(&self.steps[self.index]).filter(|own| own.place == place)?;
         let mut reach = Reach { from: place.displacement, to: place.displacement.checked_add(size)?, write };
         let Move::By(mut by) = moved(&self.steps[self.index], place.base) else { return None };
         let mut more = false;
         let ahead = self.steps.len().min(self.index + AHEAD);
         for index in self.index + 1..ahead {
             let step = &self.steps[index];
-            match self.access_of(step, index).filter(|access| access.place.base == place.base) {
+            match self.access_of(step).filter(|access| access.place.base == place.base) {
                 Some(access) => match reach.wider(by, &access) {
                     Some(wider) => (reach, more) = (wider, true),
                     None => break,
@@ -200,7 +194,7 @@ impl Emitter<'_> {
         if place.base == RSP_BASE {
             self.stack_span(from, span);
         } else {
-            super::memory::look_up(&mut self.asm, from, span, reach.write, 1);
+            self.look_up(from, span, reach.write, 1);
         }
         self.groups.push(Group { from, first: self.index, last: self.index, opened: self.opened });
         let group = Some((self.groups.len() - 1, span as i32));

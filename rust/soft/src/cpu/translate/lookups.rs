@@ -85,20 +85,44 @@ impl Builder {
     }
 
     /// See [`Stubs::access`].
-    pub(super) fn access(&mut self, size: usize, write: bool) -> usize {
+    pub(super) fn access(&mut self, second: usize, size: usize, write: bool) -> usize {
         let start = self.align();
         let miss = self.asm.label();
         super::memory::look_up(&mut self.asm, miss, size, write, 1);
         self.asm.alu(false, group::XOR, RAX, Rm::Reg(RAX));
+        self.ret();
         self.asm.place(miss);
+        self.asm.jump_to(second);
+        start
+    }
+
+    /// See [`Stubs::second`]. RCX is the entry, RAX the tag that was wanted.
+    pub(super) fn second(&mut self, write: bool) -> usize {
+        use super::memory::{ADDEND, BEHIND, READ_TAG, WRITE_TAG};
+        let start = self.align();
+        let no = self.asm.label();
+        let tag = if write { WRITE_TAG } else { READ_TAG };
+        self.asm.alu(true, group::CMP, RAX, Rm::Mem(RCX, BEHIND + tag));
+        self.asm.jump_if(cc::NE, no);
+        self.push(R11);
+        for field in (0..4).map(|word| 8 * word) {
+            self.asm.load(RAX, Rm::Mem(RCX, field));
+            self.asm.load(R11, Rm::Mem(RCX, BEHIND + field));
+            self.asm.store(Rm::Mem(RCX, field), R11);
+            self.asm.store(Rm::Mem(RCX, BEHIND + field), RAX);
+        }
+        self.pop(R11);
+        self.asm.alu(true, group::ADD, R11, Rm::Mem(RCX, ADDEND));
+        self.asm.alu(false, group::XOR, RAX, Rm::Reg(RAX));
+        self.asm.place(no);
         self.ret();
         start
     }
 
     /// See [`Stubs::stack`]; `fill` makes the page of R11 the stack page.
-    pub(super) fn stack_access(&mut self, fill: usize, size: usize, write: bool) -> usize {
+    pub(super) fn stack_access(&mut self, [fill, second]: [usize; 2], size: usize, write: bool) -> usize {
         let start = self.align();
-        let (crossing, done) = (self.asm.label(), self.asm.label());
+        let (crossing, done, miss) = (self.asm.label(), self.asm.label(), self.asm.label());
         if size > 1 {
             // An access that crosses into the next page must not take this page's address.
             self.asm.load32(RAX, Rm::Reg(R11));
@@ -108,10 +132,12 @@ impl Builder {
         self.asm.call_to(fill);
         self.asm.jump_if(cc::E, done);
         self.asm.place(crossing);
-        super::memory::look_up(&mut self.asm, done, size, write, 1);
+        super::memory::look_up(&mut self.asm, miss, size, write, 1);
         self.asm.alu(false, group::XOR, RAX, Rm::Reg(RAX));
         self.asm.place(done);
         self.ret();
+        self.asm.place(miss);
+        self.asm.jump_to(second);
         start
     }
 

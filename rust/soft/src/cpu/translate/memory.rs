@@ -29,8 +29,12 @@ const ENTRY_SHIFT: u8 = size_of::<Entry>().trailing_zeros() as u8;
 const _: () = assert!(size_of::<Entry>().is_power_of_two());
 
 /// Offsets in a TLB entry.
+pub(super) const READ_TAG: i32 = offset_of!(Entry, r) as i32;
+/// See [`READ_TAG`].
 pub(super) const WRITE_TAG: i32 = offset_of!(Entry, w) as i32;
 pub(super) const ADDEND: i32 = offset_of!(Entry, addend) as i32;
+/// From an entry to the one it displaced.
+pub(super) const BEHIND: i32 = (ENTRIES << ENTRY_SHIFT) as i32;
 
 /// RCX = the TLB entry of linear address R11.
 pub(super) fn find_entry(asm: &mut Asm) {
@@ -56,10 +60,18 @@ pub(super) fn look_up(asm: &mut Asm, miss: Label, size: usize, write: bool, alig
         asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096);
         asm.alu(true, group::OR, RAX, cell(field::ASID));
     }
-    let tag = if write { WRITE_TAG } else { offset_of!(Entry, r) as i32 };
+    let tag = if write { WRITE_TAG } else { READ_TAG };
     asm.alu(true, group::CMP, RAX, Rm::Mem(RCX, tag));
     asm.jump_if(cc::NE, miss);
     asm.alu(true, group::ADD, R11, Rm::Mem(RCX, ADDEND));
+}
+
+/// A look-up that did not meet its page at first.
+pub(super) struct Second {
+    from: Label,
+    back: Label,
+    miss: Label,
+    write: bool,
 }
 
 /// RSP's and RBP's numbers.
@@ -80,7 +92,7 @@ impl Emitter<'_> {
     /// The memory operand, by its host address in R11. An `align` above 1 is demanded, else the access
     /// may lie anywhere in its page. The flags are where they were, or in the `Cpu`.
     pub(super) fn access(&mut self, step: &Step, size: usize, write: bool, align: usize) -> Rm {
-        let place = self.place_at(step, self.index);
+        let place = self.place_at(step);
         if let Some(place) = place.filter(|_| align == 1) {
             if let Some(operand) = self.covered(place, size, write) {
                 return operand;
@@ -95,7 +107,7 @@ impl Emitter<'_> {
         }
         self.flags_to_memory();
         self.effective(step, R11, false);
-        let segment = self.source.ops[self.index].seg();
+        let segment = step.op.seg();
         if segment == seg::FS || segment == seg::GS {
             self.asm.alu(true, group::ADD, R11, cell(field::seg_base(segment)));
         }
@@ -105,9 +117,27 @@ impl Emitter<'_> {
             return Rm::Mem(R11, 0);
         }
         let miss = self.miss_label();
-        look_up(&mut self.asm, miss, size, write, align);
+        self.look_up(miss, size, write, align);
         self.known = place.map(|place| Known { place, write, group: None });
         Rm::Mem(R11, 0)
+    }
+
+    /// R11 becomes a host address, by the TLB: see [`look_up`].
+    pub(super) fn look_up(&mut self, miss: Label, size: usize, write: bool, align: usize) {
+        let (from, back) = (self.asm.label(), self.asm.label());
+        look_up(&mut self.asm, from, size, write, align);
+        self.asm.place(back);
+        self.seconds.push(Second { from, back, miss, write });
+    }
+
+    /// Where look-ups see whether their page was displaced.
+    pub(super) fn seconds_out_of_line(&mut self) {
+        for Second { from, back, miss, write } in std::mem::take(&mut self.seconds) {
+            self.asm.place(from);
+            self.asm.call_to(self.stubs.second[write as usize]);
+            self.asm.jump_if(cc::E, back);
+            self.asm.jump(miss);
+        }
     }
 
     fn stack_access(&mut self, size: usize, write: bool) {

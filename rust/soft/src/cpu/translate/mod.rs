@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | decode | `shape.rs` | an encoding taken apart |
 //! | analyse | `classes.rs`, `vector.rs` | what is done with an instruction, what it does to the flags |
-//! | emit | `emit.rs`; `copies.rs`, `moves.rs`, `memory.rs`, `near.rs`, `group.rs`, `branch.rs`, `system.rs`, `exits.rs` | host code, by `asm.rs` |
+//! | emit | `emit.rs`; `copies.rs`, `moves.rs`, `memory.rs`, `near.rs`, `group.rs`, `branch.rs`, `trace.rs`, `system.rs`, `exits.rs` | host code, by `asm.rs` |
 //! | link | `link.rs`, `run.rs` | pieces joined together, and the loop around them |
 //!
 //! `layout.rs` says where registers and fields are, `stubs.rs`, `lookups.rs` and `doors.rs` hold the fixed pieces of code.
@@ -35,6 +35,7 @@ mod stubs;
 mod system;
 #[cfg(test)]
 mod tests;
+mod trace;
 mod vector;
 
 use super::block::Block;
@@ -75,11 +76,18 @@ pub const HOT: u32 = 4;
 /// The same for a vCPU that idles: what runs now and then is not worth its translation's memory.
 const HOT_AT_REST: u32 = 256;
 
+/// How often its code runs before it gets a trace; for translators that do not wait, [`EAGER`].
+pub const WARM: i32 = 500;
+/// See [`WARM`].
+const EAGER: i32 = 1;
+
 /// What the translator did so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Blocks translated.
     pub translated: u64,
+    /// Traces among them.
+    pub traces: u64,
     /// Bytes of code made.
     pub code_bytes: u64,
     /// Direct exits linked.
@@ -149,6 +157,10 @@ pub struct Translator {
     clears: u64,
     hot: u32,
     at_rest: bool,
+    /// Where `Block::heat` begins.
+    warm: i32,
+    /// The linear address of a block that turned out to be hot.
+    hot_at: Option<u64>,
     /// What a handler panicked with.
     panic: Option<Box<dyn Any + Send>>,
     /// How often each handler was called, where that is asked for.
@@ -177,12 +189,14 @@ pub(crate) struct Translation {
     host_entry: u32,
     /// `entry` as such an offset.
     memory_entry: u32,
+    /// Instructions that it counts at its start.
+    pub count: u32,
     /// Executions so far, while there is none.
     runs: u32,
 }
 
 impl Translation {
-    pub const NONE: Self = Self { entry: std::ptr::null(), host_entry: 0, memory_entry: 0, runs: 0 };
+    pub const NONE: Self = Self { entry: std::ptr::null(), host_entry: 0, memory_entry: 0, count: 0, runs: 0 };
 }
 
 impl Translator {
@@ -200,6 +214,8 @@ impl Translator {
             clears: 0,
             hot,
             at_rest: false,
+            warm: if hot < HOT { EAGER } else { WARM },
+            hot_at: None,
             panic: None,
             dumps: dumps(),
             handlers: HashMap::new(),
@@ -254,33 +270,64 @@ impl Translator {
     }
 
     /// Translates a block. `false`: there is no room, or it cannot be.
-    fn translate(&mut self, block: &mut Block, bytes: &[u8], offset: usize) -> bool {
-        // SAFETY: a block has `count` operations.
-        let ops = unsafe { std::slice::from_raw_parts(block.ops, block.count as usize) };
+    fn translate(&mut self, block: &mut Block, bytes: &[u8]) -> bool {
         let second = block.second.map(|(_, word, generation)| (word, generation));
-        let page = block.host as usize & !0xfff;
-        let counted = self.counted;
-        let source = emit::Source { bytes, ops, offset, page, linkable: block.joins, second, counted };
+        block.heat = self.warm;
+        let heat = second.is_none().then_some(&raw mut block.heat);
+        let (linkable, page, counted) = (block.joins, block.host as usize & !0xfff, self.counted);
+        let parts = [emit::Part::of(block, bytes)];
+        let Some(code) = self.emit(emit::Source { parts: &parts, page, linkable, second, counted, heat }) else {
+            return false;
+        };
+        block.code = code;
+        true
+    }
+
+    /// Translates a trace, to which the code of its first block leads from now on.
+    fn translate_trace(&mut self, head: &mut Block, parts: &[emit::Part], linkable: bool) {
+        let (page, counted) = (head.host as usize & !0xfff, self.counted);
+        let source = emit::Source { parts, page, linkable, second: None, counted, heat: None };
+        match self.emit(source) {
+            Some(code) => {
+                self.stats.traces += 1;
+                for (from, to) in [(head.code.host_entry, code.host_entry), (head.code.memory_entry, code.memory_entry)]
+                {
+                    self.writer.patch_jump(from as usize, to as usize);
+                }
+                head.code = code;
+            }
+            None => self.full |= self.writer.used() > self.region_bytes / 2,
+        }
+    }
+
+    /// Code for `source`; `None` where there is no room, or it cannot be.
+    fn emit(&mut self, source: emit::Source) -> Option<Translation> {
         let origin = self.writer.position();
+        let count = source.parts.iter().map(|part| part.ops.len() as u32).sum();
+        let listings = self.dumps.map_or(Vec::new(), |_| {
+            source.parts.iter().map(|part| (part.offset, dump::listing(part.bytes, part.offset as u64))).collect()
+        });
         let piece =
             emit::translate(source, &self.stubs, origin, self.exits.len(), (&mut self.factory, &mut self.sites));
-        let Some(piece) = piece else { return false };
+        let piece = piece?;
         if self.dumps == Some(Dumps::Blocks) {
-            eprintln!("block at page offset {offset:#x}\n{}becomes", dump::listing(bytes, offset as u64));
+            for (offset, listing) in listings {
+                eprintln!("block at page offset {offset:#x}\n{listing}becomes");
+            }
             eprintln!("{}", dump::listing(&piece.code, origin as u64));
         }
-        let Some(address) = self.writer.push(&piece.code) else { return false };
+        let address = self.writer.push(&piece.code)?;
         self.exits.extend(piece.exits);
         self.stats.translated += 1;
         self.stats.code_bytes += piece.code.len() as u64;
-        block.code = Translation {
+        Some(Translation {
             // SAFETY: the entry lies within the piece.
             entry: unsafe { address.as_ptr().add(piece.entry) },
             host_entry: (origin + piece.host_entry) as u32,
             memory_entry: (origin + piece.entry) as u32,
+            count,
             runs: 0,
-        };
-        true
+        })
     }
 
     /// Makes exit `exit` lead to `code`.

@@ -60,7 +60,7 @@ impl Emitter<'_> {
         let ins = &step.ins;
         let scratch = if to == R11 { R11 } else { RAX };
         self.known = self.known.filter(|_| to != R11);
-        let op = &self.source.ops[self.index];
+        let op = step.op;
         let wide = !narrow && op.flags & (ADDR32 | ADDR16) == 0;
         let displacement = ins.memory_displacement64() as i64 as i32;
         if ins.memory_base() == Register::RIP {

@@ -13,7 +13,7 @@
 
 use super::asm::{cc, group, Label, Rm};
 use super::classes::Class;
-use super::emit::{Emitter, Step};
+use super::emit::{Emitter, Lead, Step};
 use super::group::{flat, moved, Move};
 use super::layout::host::*;
 use crate::cpu::op::{ADDR16, ADDR32};
@@ -53,9 +53,9 @@ pub(super) struct NearMiss {
 
 impl Emitter<'_> {
     /// The operand's address, if it is so simple.
-    pub(super) fn place_at(&self, step: &Step, index: usize) -> Option<Place> {
+    pub(super) fn place_at(&self, step: &Step) -> Option<Place> {
         let ins = &step.ins;
-        let op = &self.source.ops[index];
+        let op = step.op;
         let plain = ins.memory_index() == Register::None && op.flags & (ADDR32 | ADDR16) == 0 && flat(op.seg());
         let base = match ins.memory_base() {
             Register::RIP => PAGE,
@@ -121,6 +121,7 @@ impl Emitter<'_> {
             step.plan.class,
             Copy | Vector | MovImmediate | Lea | Nothing | Carry | Widen | Spread | Push | PushImmediate | Pop
         );
+        let keeps = keeps || step.lead != Lead::Next;
         match moved(step, known.place.base) {
             Move::By(distance) if keeps => match known.place.displacement.checked_sub(distance) {
                 Some(displacement) => known.place.displacement = displacement,

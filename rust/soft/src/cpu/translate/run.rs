@@ -4,8 +4,9 @@
 use super::layout::BIAS;
 use super::link::{self, Exit, Jump};
 use super::stubs::reason;
+use super::trace::is_tame;
 use super::{Budget, Translation, Translator};
-use crate::cpu::block::{copy, Block, MAX_BYTES};
+use crate::cpu::block::{copy, near_the_hole, Block, MAX_BYTES};
 use crate::cpu::mmu::canonical;
 use crate::cpu::op::Op;
 use crate::cpu::state::CodeSize;
@@ -49,12 +50,12 @@ const PANICKED: u32 = STOPS.len() as u32 + 1;
 /// Blocks that a vCPU at rest keeps: more than a Linux guest that idles runs in a second, in some 2 MiB.
 const BLOCKS_AT_REST: usize = 4096;
 
-/// How far around the non-canonical addresses direct branches are not to be translated: their
-/// targets may lie there.
-const MARGIN: u64 = 1 << 32;
+/// How far from it tame code leads at most, and a little more.
+const TAME: u64 = 2 << 20;
 
-fn far_from_the_hole(linear: u64) -> bool {
-    canonical(linear.wrapping_add(MARGIN)) && canonical(linear.wrapping_sub(MARGIN))
+/// Near the addresses that are not canonical, whether a block at `linear` may be translated.
+fn safe_near_the_hole(block: &Block, linear: u64) -> bool {
+    canonical(linear.wrapping_add(TAME)) && canonical(linear.wrapping_sub(TAME)) && is_tame(block)
 }
 
 impl Cpu {
@@ -143,11 +144,12 @@ impl Cpu {
             }
             // SAFETY: the block belongs to the cache, which changes in find_block() only.
             let reached = match unsafe { self.native_code(&mut *block) } {
-                Some(code) => {
+                // In lockstep a trace may not fit where its first block does.
+                Some(code) if self.retired + code.count as u64 <= self.native_out.limit => {
                     self.arrive(from, &code, block);
                     self.enter(&code)?
                 }
-                None => {
+                _ => {
                     self.run_block(block)?;
                     None
                 }
@@ -166,10 +168,15 @@ impl Cpu {
             self.translator.as_mut()?.flush(clears);
             self.forget_returns();
         }
-        if !far_from_the_hole(self.rip) {
+        // The kernel's functions for processes, its vDSO, often are there.
+        if near_the_hole(self.rip) && !safe_near_the_hole(block, self.rip) {
             return None;
         }
         if !block.code.entry.is_null() {
+            if self.translator.as_mut()?.hot_at.take() == Some(self.rip) {
+                // SAFETY: the caller's block is.
+                unsafe { self.make_trace(block) };
+            }
             return Some(block.code);
         }
         block.code.runs = block.code.runs.saturating_add(1);
@@ -187,8 +194,7 @@ impl Cpu {
         if !block.valid() || !block.second_valid() {
             return None;
         }
-        let offset = self.rip as usize & 0xfff;
-        if self.translator.as_mut()?.translate(block, bytes, offset) {
+        if self.translator.as_mut()?.translate(block, bytes) {
             return Some(block.code);
         }
         block.code.runs = 0;
@@ -249,6 +255,10 @@ impl Cpu {
             reason::STOP => {
                 translator.stats.exits_stop += 1;
                 self.settle_stop().map(|()| None)
+            }
+            reason::HOT => {
+                translator.hot_at = Some(self.rip);
+                Ok(None)
             }
             reason => {
                 translator.stats.exits_unknown += 1;

@@ -20,6 +20,8 @@ pub mod reason {
     pub const INDIRECT: u32 = 3;
     /// A handler stopped: `Native::op`, `at`, `stop`.
     pub const STOP: u32 = 4;
+    /// As NEXT, and the block there is due for a trace.
+    pub const HOT: u32 = 5;
 }
 
 /// Offsets in the region.
@@ -41,6 +43,8 @@ pub struct Stubs {
     pub link: usize,
     /// R11: where to go.
     pub next: usize,
+    /// The same: the block there is hot.
+    pub hot: usize,
     pub direct_host: usize,
     pub direct: usize,
     pub indirect: usize,
@@ -51,6 +55,9 @@ pub struct Stubs {
     /// By write and log2 of size. R11: a linear address; it becomes the host's and ZF is set, or the access
     /// missed. Changes RAX and RCX.
     pub access: [[usize; 6]; 2],
+    /// By write. After a look-up that did not meet its page: it is put back in front where it was displaced, R11
+    /// becomes the host's address and ZF is set, or the access missed. Changes RAX.
+    pub second: [usize; 2],
     /// R11: where to go, `Out::site`: whose branch it is.
     pub far: usize,
     /// By number of `vector::open::DOORS`; ECX is zero where it is open now.
@@ -90,13 +97,17 @@ pub fn build(call_out: CallOut) -> (Vec<u8>, Stubs) {
     stubs.miss = b.call(call_out, Kind::Miss);
     stubs.miss_with_flags = b.call(call_out, Kind::MissWithFlags);
     (stubs.link_host, stubs.link) = b.link();
-    stubs.next = b.next();
+    stubs.next = b.next(reason::NEXT);
+    stubs.hot = b.next(reason::HOT);
     (stubs.direct_host, stubs.direct) = b.look_up(reason::NEXT);
     (_, stubs.indirect) = b.look_up(reason::INDIRECT);
     stubs.far = b.far();
-    stubs.access = [false, true].map(|write| [1, 2, 4, 8, 16, 32].map(|size| b.access(size, write)));
+    stubs.second = [false, true].map(|write| b.second(write));
+    stubs.access =
+        [false, true].map(|write| [1, 2, 4, 8, 16, 32].map(|size| b.access(stubs.second[write as usize], size, write)));
     let stack = b.stack();
-    stubs.stack = [false, true].map(|write| [1, 2, 4, 8].map(|size| b.stack_access(stack, size, write)));
+    stubs.stack = [false, true]
+        .map(|write| [1, 2, 4, 8].map(|size| b.stack_access([stack, stubs.second[write as usize]], size, write)));
     b.leaving();
     b.closing();
     stubs.open = b.opening();
@@ -124,11 +135,11 @@ impl Builder {
         self.asm.here()
     }
 
-    fn push(&mut self, reg: u8) {
+    pub(super) fn push(&mut self, reg: u8) {
         self.asm.bytes(&[0x40 | reg >> 3, 0x50 | reg & 7]);
     }
 
-    fn pop(&mut self, reg: u8) {
+    pub(super) fn pop(&mut self, reg: u8) {
         self.asm.bytes(&[0x40 | reg >> 3, 0x58 | reg & 7]);
     }
 
@@ -279,10 +290,10 @@ impl Builder {
         (host, start)
     }
 
-    fn next(&mut self) -> usize {
+    fn next(&mut self, reason: u32) -> usize {
         let start = self.align();
         self.asm.store(cell(field::RIP), R11);
-        self.asm.load_imm(RAX, reason::NEXT);
+        self.asm.load_imm(RAX, reason);
         self.asm.jump(self.leave);
         start
     }

@@ -34,7 +34,7 @@ impl Emitter<'_> {
     /// them, as it must be. The block's last is its handler's. In lockstep every STI is, as it asks the
     /// board something.
     pub(super) fn sti(&mut self) {
-        if self.index + 1 == self.source.ops.len() || self.source.counted {
+        if self.index + 1 == self.steps.len() || self.source.counted {
             return self.handler();
         }
         self.flags_to_memory();

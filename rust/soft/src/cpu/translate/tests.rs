@@ -274,3 +274,81 @@ fn test_translate_third_operands_that_live_in_memory() {
     assert_eq!(translated.cpu.regs[8], 0xff00_ff00_ff00_ff00 >> 1);
     assert_eq!(translated.cpu.regs[10], 0x0123_4567_89ab_cdef & !5);
 }
+
+/// How many traces a translator made.
+fn traces(bench: &Bench) -> u64 {
+    bench.cpu.translator.as_ref().map_or(0, |translator| translator.stats.traces)
+}
+
+#[test]
+fn test_translate_fault_within_an_unrolled_loop_is_exact() {
+    // l: dec ecx; mov eax, 100; xor edx, edx; add rsi, [rbx]; lea rbx, [rbx+8]; div ecx; inc qword [rbx-8]; jmp l
+    let code = [
+        0xff, 0xc9, 0xb8, 100, 0, 0, 0, 0x31, 0xd2, 0x48, 3, 0x33, 0x48, 0x8d, 0x5b, 8, 0xf7, 0xf1, 0x48, 0xff, 0x43,
+        0xf8, 0xeb, 0xe8,
+    ];
+    for count in [7u64, 64, 901, 1002] {
+        let translated = both(&code, |bench| {
+            (bench.cpu.regs[1], bench.cpu.regs[3], bench.cpu.regs[6]) = (count, 0x2_0004, 1);
+        });
+        assert_eq!((translated.cpu.fault.vector, translated.cpu.rip), (vector::DE, CODE + 16));
+        assert!(traces(&translated) > 0);
+    }
+}
+
+#[test]
+fn test_translate_ways_out_of_a_trace_count_as_the_interpreter_does() {
+    // l: mov rdx, [rbx]; test cl, 7; jz a; adc [rbx+8], rdx; test cl, 3; jnz b; inc r9; jmp c; a: dec r9; b: xor [rbx], rcx;
+    // c: dec ecx; jnz l; ud2
+    let code = [
+        0x48, 0x8b, 0x13, 0xf6, 0xc1, 7, 0x74, 0x0e, 0x48, 0x11, 0x53, 8, 0xf6, 0xc1, 3, 0x75, 8, 0x49, 0xff, 0xc1,
+        0xeb, 6, 0x49, 0xff, 0xc9, 0x48, 0x31, 0x0b, 0xff, 0xc9, 0x75, 0xe0, 0x0f, 0x0b,
+    ];
+    for start in [0x2_0000u64, 0x2_0ffc, 0x2_0ff4] {
+        let translated = both(&code, |bench| {
+            bench.load(0x2_0000, &[0x5a; 0x2000]);
+            (bench.cpu.regs[1], bench.cpu.regs[3], bench.cpu.regs[9]) = (1000, start, 0);
+        });
+        assert!(traces(&translated) > 1);
+    }
+}
+
+#[test]
+fn test_translate_store_from_a_trace_into_a_later_block_of_it_executes_the_new_code() {
+    // mov ecx, 300; l: cmp ecx, 40; jb s; nop; t: mov al, 1; add rdx, rax; dec ecx; jnz l; ud2; s: mov [rip-14], cl; jmp t
+    let code = [
+        0xb9, 0x2c, 1, 0, 0, 0x83, 0xf9, 40, 0x72, 0x0c, 0x90, 0xb0, 1, 0x48, 1, 0xc2, 0xff, 0xc9, 0x75, 0xf1, 0x0f,
+        0x0b, 0x88, 0x0d, 0xf0, 0xff, 0xff, 0xff, 0xeb, 0xed,
+    ];
+    let translated = both(&code, |bench| (bench.cpu.regs[0], bench.cpu.regs[2]) = (0, 0));
+    assert_eq!(translated.cpu.regs[2], 261 + 39 * 40 / 2);
+    assert!(traces(&translated) > 0);
+}
+
+#[test]
+fn test_translate_two_pages_of_one_tlb_slot_do_not_drive_each_other_out() {
+    // mov ecx, 1000; l: add rax, [rbx]; inc qword [rsi]; dec ecx; jnz l; ud2
+    let code = [0xb9, 0xe8, 3, 0, 0, 0x48, 3, 3, 0x48, 0xff, 6, 0xff, 0xc9, 0x75, 0xf6, 0x0f, 0x0b];
+    let translated = both(&code, |bench| {
+        // 16 MiB is where 0 is.
+        bench.load(0x3000 + 8 * 8, &0x83u64.to_le_bytes());
+        (bench.cpu.regs[0], bench.cpu.regs[3], bench.cpu.regs[6]) = (0, 0x2_0000, 0x102_0000);
+    });
+    assert_eq!(translated.cpu.regs[0], 999 * 1000 / 2);
+    assert!(translated.cpu.counters.tlb_misses < 20, "{}", translated.cpu.counters.tlb_misses);
+}
+
+#[test]
+fn test_translate_near_the_end_of_the_lower_half_a_branch_into_the_hole_faults_and_loops_are_quick() {
+    // mov ecx, 100; l: inc rax; dec ecx; jnz l; jmp +64 MiB
+    let code = [0xb9, 100, 0, 0, 0, 0x48, 0xff, 0xc0, 0xff, 0xc9, 0x75, 0xf9, 0xe9, 0, 0, 0, 4];
+    let start = 0x7fff_fe81_0000;
+    let translated = both(&code, |bench| {
+        bench.load(0x1000 + 8 * 255, &0x4003u64.to_le_bytes());
+        bench.load(0x4000 + 8 * 511, &0x5003u64.to_le_bytes());
+        bench.load(0x5000 + 8 * 500, &0x83u64.to_le_bytes());
+        (bench.cpu.rip, bench.cpu.regs[0]) = (start, 0);
+    });
+    assert_eq!((translated.cpu.fault.vector, translated.cpu.rip), (vector::GP, start + 12));
+    assert!(traces(&translated) > 0);
+}
