@@ -36,6 +36,7 @@ STRUCTURES: dict[type[ctypes.Structure], str] = {
     state.GuestDebug: "kvm_guest_debug",
     state.VcpuEvents: "kvm_vcpu_events",
     state.MpState: "kvm_mp_state",
+    state.X86Mce: "kvm_x86_mce",
     state.Translation: "kvm_translation",
     state.EnableCap: "kvm_enable_cap",
     board.UserspaceMemoryRegion: "kvm_userspace_memory_region",

@@ -10,6 +10,7 @@ use crate::hypercalls;
 use crate::ioctl::msrs::msr;
 use crate::irqchip::lapic::PendingEvents;
 use crate::irqchip::Lapic;
+use crate::mce::Mce;
 use crate::peers::Peer;
 use crate::steal::Steal;
 use crate::vm::Machine;
@@ -36,6 +37,7 @@ pub(crate) struct Local {
     system_time: AtomicU64,
     wall_clock: AtomicU64,
     pub steal: Steal,
+    pub mce: Mce,
     /// User space said that it stopped the guest (KVM_KVMCLOCK_CTRL).
     stopped: AtomicBool,
     /// Without an in-engine local APIC: CR8, IA32_APIC_BASE, NMIs that wait.
@@ -64,6 +66,7 @@ impl Local {
             system_time: AtomicU64::new(0),
             wall_clock: AtomicU64::new(0),
             steal: Steal::new(),
+            mce: Mce::default(),
             stopped: AtomicBool::new(false),
             cr8: AtomicU64::new(0),
             apic_base: AtomicU64::new(APIC_BASE | bsp),
@@ -212,7 +215,7 @@ impl Local {
             index if X2APIC.contains(&index) => {
                 return Some(self.lapic().map_or(Err(Gp), |lapic| lapic.msr_read(index).map_err(|_| Gp)));
             }
-            _ => return None,
+            _ => return self.mce.read(index),
         }))
     }
 
@@ -241,7 +244,7 @@ impl Local {
             index if X2APIC.contains(&index) => {
                 return Some(self.lapic().map_or(Err(Gp), |lapic| lapic.msr_write(index, value).map_err(|_| Gp)));
             }
-            _ => return None,
+            _ => return self.mce.write(index, value, false),
         }
         Some(Ok(()))
     }
@@ -258,7 +261,7 @@ impl Local {
                 self.system_time.store(value, Relaxed);
                 self.peer.clock_stale.store(true, SeqCst);
             }
-            _ => return self.msr_write(index, value),
+            _ => return self.mce.write(index, value, true).or_else(|| self.msr_write(index, value)),
         }
         Some(Ok(()))
     }

@@ -16,6 +16,7 @@ mod hypercalls;
 mod ioctl;
 mod ioeventfd;
 pub mod irqchip;
+mod mce;
 pub mod mem;
 mod peers;
 mod rest;

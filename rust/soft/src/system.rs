@@ -2,7 +2,7 @@
 
 use crate::clock::host_tsc_khz;
 use crate::ioctl::requests::*;
-use crate::ioctl::{caps, cpuid, int, msrs, Answer};
+use crate::ioctl::{caps, cpuid, int, msrs, put, Answer};
 use crate::vcpu::RUN_PAGE_BYTES;
 use crate::vm::Vm;
 use kvm_bindings::KVM_API_VERSION;
@@ -35,6 +35,7 @@ impl System {
             KVM_GET_MSR_INDEX_LIST => msrs::saved(arg),
             KVM_GET_MSR_FEATURE_INDEX_LIST => msrs::features(arg),
             KVM_GET_MSRS => msrs::get_features(arg),
+            KVM_X86_GET_MCE_CAP_SUPPORTED => put(arg, &crate::mce::SUPPORTED),
             _ => Err(libc::EINVAL),
         }
     }

@@ -95,7 +95,8 @@ impl Vcpu {
             core.cpu.use_translator(HOT, Budget::share(memory(), inner.local.machine.peers.len()));
         }
         let inside = inner.local.peer.inside();
-        let exit = inner.advance(&mut core);
+        let shutdown = inner.local.mce.take_shutdown().then_some(Exit::Shutdown);
+        let exit = shutdown.or_else(|| inner.advance(&mut core));
         drop(inside);
         let result = match exit {
             Some(exit) => {
@@ -323,6 +324,8 @@ impl Inner {
             }
             KVM_GET_TSC_KHZ => Ok(local.peer.tsc.khz() as i64),
             KVM_SET_TSC_KHZ => self.set_tsc_khz(int(arg)?),
+            KVM_X86_SETUP_MCE => local.mce.set_up(crate::ioctl::get(arg)?),
+            KVM_X86_SET_MCE => local.mce.raise(cpu, arg),
             KVM_KVMCLOCK_CTRL if local.note_stopped() => Ok(0),
             // Signals are not how this engine is interrupted: `kick` is.
             KVM_SET_SIGNAL_MASK => Ok(0),

@@ -25,6 +25,7 @@ from ostler.abi.kvm.state import (
     Sregs,
     Translation,
     VcpuEvents,
+    X86Mce,
     Xcrs,
     Xsave,
 )
@@ -158,6 +159,12 @@ class VCPU(Protocol):
 
     def nmi(self) -> None:
         """Queue a non-maskable interrupt. From any thread."""
+
+    def setup_mce(self, mcg_cap: int) -> None:
+        """Give the processor banks for machine checks: IA32_MCG_CAP. Raises AccelError for what is not there."""
+
+    def set_mce(self, mce: X86Mce) -> None:
+        """Put an error into a bank; one that was not corrected interrupts the guest, or shuts it down."""
 
     def get_regs(self) -> Regs:
         """General registers, RIP, RFLAGS."""

@@ -33,10 +33,12 @@ FEATURES: dict[str, Feature] = {
             4: "tsc",
             5: "msr",
             6: "pae",
+            7: "mce",
             8: "cx8",
             9: "apic",
             11: "sep",
             13: "pge",
+            14: "mca",
             15: "cmov",
             16: "pat",
             17: "pse36",
@@ -106,6 +108,7 @@ FEATURES: dict[str, Feature] = {
 
 # What makes no sense without another: the leaf or the instruction it belongs to is not there.
 _NEEDS: dict[str, str] = {
+    "mca": "mce",
     "xsaveopt": "xsave",
     "xsavec": "xsave",
     "xgetbv1": "xsave",

@@ -25,7 +25,8 @@ The engine follows Intel where vendors differ: SYSENTER works in long mode, SYSC
 The numbers are the levels of the x86-64 psABI: v2.2 has all of x86-64-v2, v3.1 all of x86-64-v3, and each may be
 called so.
 
-Left out on purpose: MTRR, MCE, PMU, VME, MONITOR, TSX, AVX-512.
+Left out on purpose: MTRR, PMU, VME, MONITOR, TSX, AVX-512. In no model, but to be asked for: machine checks (`mce`,
+`mca`) and KVM's calls (`kvm_pv_…`).
 
 A model can be changed where it is named, for tests of single features: `ostler-v2.1,+pku,-x2apic,vendor=amd`.
 """

@@ -117,6 +117,12 @@ class Vcpu:
     def nmi(self) -> None:
         self._call(requests.KVM_NMI)
 
+    def setup_mce(self, mcg_cap: int) -> None:
+        self._call(requests.KVM_X86_SETUP_MCE, bytearray(mcg_cap.to_bytes(8, "little")))
+
+    def set_mce(self, mce: state.X86Mce) -> None:
+        self._call(requests.KVM_X86_SET_MCE, bytearray(mce))
+
     def get_regs(self) -> state.Regs:
         return self._get(requests.KVM_GET_REGS, state.Regs)
 

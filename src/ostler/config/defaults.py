@@ -34,7 +34,7 @@ POLICIES: dict[Fault, tuple[str, ...]] = {
     Fault.DISK_ERROR: ("report", "pause", "poweroff"),
     Fault.NO_SPACE: ("pause", "report", "poweroff"),
     Fault.BACKEND_LOST: ("report", "pause", "poweroff"),
-    Fault.MEMORY_ERROR: (*ENDS, "ignore"),
+    Fault.MEMORY_ERROR: (*ENDS, "ignore", "report"),
 }
 FIELDS = tuple(f"on_{fault.name.lower()}" for fault in POLICIES)
 CALL_RIGHTS = ("log", "keys", "ready", "snapshot", "own")

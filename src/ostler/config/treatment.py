@@ -53,7 +53,9 @@ class Treatment(BaseModel):
     on_disk_error: OnDiskError = Field(_PLAIN.on_disk_error, description="report, pause, poweroff.")
     on_no_space: OnNoSpace = Field(_PLAIN.on_no_space, description="Of a disk's file: pause, report, poweroff.")
     on_backend_lost: OnBackendLost = Field(_PLAIN.on_backend_lost, description="report, pause, poweroff.")
-    on_memory_error: OnMemoryError = Field(_PLAIN.on_memory_error, description="poweroff, reset, pause, ignore.")
+    on_memory_error: OnMemoryError = Field(
+        _PLAIN.on_memory_error, description="poweroff, reset, pause, ignore, report."
+    )
 
     def check_shares(self, cpus: int) -> None:
         """Raises ValueError for shares that a guest of so many processors cannot have."""

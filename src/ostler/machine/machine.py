@@ -24,6 +24,7 @@ from ostler.boot.load import load_guest
 from ostler.devices.calls import Calls, leaves
 from ostler.devices.virtio.device import VirtioDevice
 from ostler.errors import BadRequest, HostError
+from ostler.machine import machine_check
 from ostler.machine.board import Board, Chipset, Wiring
 from ostler.machine.doorbells import Doorbells
 from ostler.machine.processor import enable_extended_states, enter, give_pics_their_vectors, wire_local_interrupts
@@ -110,6 +111,7 @@ class Machine:
             added = [CpuidEntry2(function=leaf, eax=eax, ebx=ebx, ecx=ecx, edx=edx)
                      for leaf, (eax, ebx, ecx, edx) in leaves().items()]  # fmt: skip
             vcpu.set_cpuid2([*vcpu.get_cpuid2(), *added])
+        machine_check.enable(vcpu, self.model)
         wire_local_interrupts(vcpu)
         enable_extended_states(vcpu)
         return vcpu

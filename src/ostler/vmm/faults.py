@@ -20,6 +20,7 @@ from ostler.control.wire import Message
 from ostler.devices.virtio.blk import Block
 from ostler.devices.wiring import PowerEvent
 from ostler.errors import BadRequest, OstlerError
+from ostler.machine import machine_check
 from ostler.vmm.crash import panic_line
 from ostler.vmm.mapper import held
 from ostler.vmm.processors import End, EndKind
@@ -282,8 +283,18 @@ class FaultService:
         page = address & ~0xFFF
         if not self._process.machine.memory.contains(page, 0x1000):
             raise BadRequest(f"address {address:#x}: expected guest memory")
+        policy = self._policies[Fault.MEMORY_ERROR]
+        model = self._process.machine.model
+        if policy == "report" and not machine_check.is_possible(model):
+            raise BadRequest(
+                f"fault 'memory-error': its policy is to report it, and CPU model {model.name} has "
+                "no machine checks; expected one with mce and mca, such as ostler-v3.1,+mce,+mca"
+            )
         text = f"memory error at guest-physical address {address:#x}"
-        self._act(Fault.MEMORY_ERROR, self._policies[Fault.MEMORY_ERROR], End(EndKind.STUCK, text=text), text)
+        self._act(Fault.MEMORY_ERROR, policy, End(EndKind.STUCK, text=text), text)
+        if policy == "report":
+            with held(self._process):
+                machine_check.tell_of_bad_page(self._process.machine.vcpus, page)
         return {}
 
     def _clear(self, _arguments: Mapping[str, Any]) -> Message:

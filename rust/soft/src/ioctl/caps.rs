@@ -1,5 +1,6 @@
 //! KVM_CHECK_EXTENSION and KVM_ENABLE_CAP.
 
+use crate::mce::MAX_BANKS;
 use kvm_bindings::*;
 
 /// vCPUs of a VM; the local APIC's 8-bit identity bounds what guests without x2APIC can use.
@@ -61,6 +62,7 @@ pub(crate) fn check(capability: u64) -> i64 {
         KVM_CAP_X2APIC_API => (KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK) as i64,
         KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => MANUAL_PROTECT_FLAGS as i64,
         KVM_CAP_XSAVE2 => 4096,
+        KVM_CAP_MCE => MAX_BANKS as i64,
         _ => 0,
     }
 }

@@ -19,8 +19,8 @@ const ENTRY: usize = size_of::<kvm_cpuid_entry2>();
 /// Leaves whose answer depends on ECX.
 const INDEXED: [u32; 4] = [0x4, 0x7, 0xb, 0xd];
 
-/// Features of leaf 1: FPU DE PSE TSC MSR PAE CX8 APIC SEP PGE CMOV PAT PSE36 CLFLUSH MMX FXSR SSE SSE2.
-const LEAF1_EDX: u32 = bits(&[0, 2, 3, 4, 5, 6, 8, 9, 11, 13, 15, 16, 17, 19, 23, 24, 25, 26]);
+/// Features of leaf 1: FPU DE PSE TSC MSR PAE MCE CX8 APIC SEP PGE MCA CMOV PAT PSE36 CLFLUSH MMX FXSR SSE SSE2.
+const LEAF1_EDX: u32 = bits(&[0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26]);
 /// SSE3 PCLMULQDQ SSSE3 CX16 PCID SSE4.1 SSE4.2 X2APIC MOVBE POPCNT TSC-deadline AES XSAVE RDRAND hypervisor.
 const LEAF1_ECX: u32 = bits(&[0, 1, 9, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 30, 31]);
 /// FMA AVX F16C.

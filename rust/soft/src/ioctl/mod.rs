@@ -61,6 +61,7 @@ plain!(
     kvm_irqfd,
     kvm_ioeventfd,
     kvm_msi,
+    kvm_x86_mce,
     kvm_irqchip,
     kvm_pit_config,
     kvm_pit_state2,

@@ -30,6 +30,7 @@ requests! {
     KVM_GET_VCPU_MMAP_SIZE = NONE, 0x04, 0;
     KVM_GET_SUPPORTED_CPUID = READ | WRITE, 0x05, 8;
     KVM_GET_MSR_FEATURE_INDEX_LIST = READ | WRITE, 0x0a, 4;
+    KVM_X86_GET_MCE_CAP_SUPPORTED = READ, 0x9d, 8;
 }
 
 // Of a VM.
@@ -78,6 +79,8 @@ requests! {
     KVM_GET_MP_STATE = READ, 0x98, size_of::<kvm_mp_state>();
     KVM_SET_MP_STATE = WRITE, 0x99, size_of::<kvm_mp_state>();
     KVM_NMI = NONE, 0x9a, 0;
+    KVM_X86_SETUP_MCE = WRITE, 0x9c, 8;
+    KVM_X86_SET_MCE = WRITE, 0x9e, size_of::<kvm_x86_mce>();
     KVM_SET_GUEST_DEBUG = WRITE, 0x9b, size_of::<kvm_guest_debug>();
     KVM_GET_VCPU_EVENTS = READ, 0x9f, size_of::<kvm_vcpu_events>();
     KVM_SET_VCPU_EVENTS = WRITE, 0xa0, size_of::<kvm_vcpu_events>();

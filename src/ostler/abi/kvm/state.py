@@ -195,6 +195,17 @@ class VcpuEvents(Structure):
     )
 
 
+class X86Mce(Structure):
+    """`struct kvm_x86_mce`: an error for one bank of IA32_MCi registers."""
+
+    _fields_ = (
+        *u64s("status addr misc mcg_status"),
+        *u8s("bank"),
+        ("pad1", c_uint8 * 7),
+        ("pad2", c_uint64 * 3),
+    )
+
+
 class MpState(Structure):
     """`struct kvm_mp_state`: KVM_MP_STATE_*."""
 
