@@ -20,7 +20,7 @@ from tests.unit.api.fakes import served
 from tests.unit.api.test_access import CASES
 from tests.unit.hostd.fakes import guest
 
-# More of them find more: OSTLER_EXAMPLES=100 takes half an hour.
+# More of them find more: OSTLER_EXAMPLES=100 takes some minutes.
 EXAMPLES = int(os.environ.get("OSTLER_EXAMPLES", "4"))
 # Names that no guest has, and tables no schema can say all about, are refused by routes that understand them; who may
 # use a route is test_access.py's.
