@@ -4,15 +4,22 @@ and the guest's process are none the worse."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ostler
+from ostler.backends import virtiofsd
 from ostler.client import guests
 from ostler.client.events import Events
+from ostler.control import pool, runtime
+from ostler.control.runtime import Entry
+from ostler.errors import BadRequest, HostError
+from ostler.host.helpers import find_program
+from tests.guest.harness import OSTLER
 
 pytestmark = pytest.mark.usefixtures("needs_an_agent")
 LIMIT_S = 90.0
@@ -27,6 +34,17 @@ while True:
     os.write(fd, b'.')
     time.sleep(0.3)
 """
+
+
+def storage_daemon_missing() -> bool:
+    return shutil.which("qemu-storage-daemon") is None or shutil.which("qemu-img") is None
+
+
+def virtiofsd_missing() -> bool:
+    try:
+        return not find_program(virtiofsd.PROGRAM, package=virtiofsd.PACKAGE)
+    except HostError:
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +129,49 @@ def test_back_end_that_is_lost_is_told_and_comes_back(vm: ostler.VM) -> None:
     assert works(vm)
 
 
+@pytest.mark.skipif(storage_daemon_missing(), reason="no qemu-storage-daemon or qemu-img on this host")
+def test_program_of_a_qcow2_disk_that_is_lost_is_told_started_again_and_asked_again(tmp_path: Path) -> None:
+    disk = tmp_path / "data.qcow2"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", str(disk), str(DISK_BYTES)])
+    write = (
+        "seq 200000 | head -c 1M > /tmp/data; for i in $(seq 40); do dd if=/tmp/data of=/dev/vdb bs=64k oflag=direct"
+    )
+    with (
+        ostler.VM("debian", memory="256M", accel="soft", nets=["none"], disks=[f"{disk},format=qcow2"]) as vm,
+        vm.events(timeout_s=LIMIT_S) as events,
+    ):
+        with pytest.raises(BadRequest, match="expected a disk that this process serves"):
+            vm.inject("disk-error", device="disk1")
+        with vm.popen(["sh", "-c", f"{write} 2>/dev/null || exit 1; echo; done"]) as process:
+            assert process.stdout.read(1, timeout_s=LIMIT_S) == b"\n"
+            for _ in range(3):
+                vm.inject("backend-lost", device="disk1")
+                told = until(events, "fault")
+                assert (told["fault"], told["policy"], told["injected"]) == ("backend-lost", "report", True)
+            assert process.wait(LIMIT_S) == 0
+        compare = "dd if=/dev/vdb bs=64k count=16 iflag=direct 2>/dev/null | cmp - /tmp/data"
+        vm.run(["sh", "-c", compare], check=True, timeout_s=LIMIT_S)
+
+
+@pytest.mark.skipif(virtiofsd_missing(), reason="no virtiofsd on this host")
+def test_program_of_a_shared_folder_that_is_lost_is_told_and_the_guest_runs_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("there")
+    with (
+        ostler.VM("debian", memory="256M", accel="soft", nets=["none"], volumes=[f"{tmp_path}:/shared"]) as vm,
+        vm.events(timeout_s=LIMIT_S) as events,
+    ):
+        assert vm.run(["cat", "/shared/file"], check=True).text == "there"
+        vm.inject("backend-lost", device="share0")
+        told = until(events, "fault")
+        assert (told["fault"], told["message"]) == ("backend-lost", "share0: the program that serves it has ended")
+        assert works(vm)
+        # Who uses the folder waits for ever, or is refused; nobody else does.
+        with vm.popen(["cat", "/shared/file"]) as process:
+            assert works(vm)
+            process.kill()
+        assert works(vm)
+
+
 def test_memory_error_that_is_ignored_is_told(vm: ostler.VM) -> None:
     vm.on_fault(memory_error="ignore")
     with vm.events(timeout_s=LIMIT_S) as events:
@@ -152,3 +213,37 @@ def test_guest_that_is_reset_boots_again_in_its_own_process(fault: str, tmp_path
         assert vm.run(["test", "-e", "/run/of-this-boot"]).returncode == 1
         assert guests.request(vm._running().entry, "status")["pid"] == pid
         assert vm.run(["nproc"]).text == "2\n"
+
+
+def test_detached_guest_that_is_reset_has_its_settings_and_its_command_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OSTLER_RUNTIME", str(tmp_path / "run"))
+    (tmp_path / "run").mkdir(mode=0o700)
+    command = ["sh", "-c", "echo begun on $(hostname); exec sleep 9999"]
+    run([*OSTLER, "run", "-d", "--name", "web", "--memory", "256M", "--accel", "soft", "--net", "none", "--on",
+         "panic=reset", "debian", "--", *command])  # fmt: skip
+    try:
+        entry = runtime.find("web")
+        lines = followed(entry)
+        assert next(lines) == b"begun on web"
+        run([*OSTLER, "inject", "web", "panic"])
+        assert next(lines) == b"begun on web"
+        assert guests.request(entry, "status")["resets"] == 1
+        assert run([*OSTLER, "exec", "web", "--", "hostname"]) == "web\n"
+    finally:
+        guests.remove(runtime.find("web"), force=True)
+        pool.stop()
+
+
+def followed(entry: Entry) -> Iterator[bytes]:
+    """Lines of what a detached guest's command says, as they come."""
+    text = b""
+    for part in guests.follow_output(entry, lines=None, follow=True):
+        text += part
+        *whole, text = text.split(b"\n")
+        yield from whole
+
+
+def run(words: Sequence[str]) -> str:
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=LIMIT_S).stdout

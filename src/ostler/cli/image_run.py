@@ -74,7 +74,7 @@ def run_detached(request: GuestRequest, *, remove: bool) -> None:
             guest.configure()
             troubles.tell(guest.troubles)
         if wanted.job.argv and wanted.is_service:
-            keeper.start(guest.entry, wanted.job)
+            keeper.start(guest.entry, wanted.job, wanted.settings)
         guest.release()
         undo.pop_all()
     sys.stdout.write(f"{guest.entry.name}\n")

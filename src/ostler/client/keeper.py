@@ -2,7 +2,8 @@
 
 Somebody has to hold the agent's connection, keep what the command says, and end the guest with the command's status
 when it is over: this process does, in a session of its own. It reads the job from standard input and says on standard
-output that the command runs, or why not. When the guest ends first, there is nothing left to do.
+output that the command runs, or why not. When the guest ends first, there is nothing left to do. When it begins anew,
+by a policy (docs/faults.md), its agent is given its settings and the command is started again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from ostler.agent.client import AgentClient
+from ostler.agent.process import Process
+from ostler.client import guests
 from ostler.client.job import Job
+from ostler.client.running import BOOT_TIMEOUT_S, network_of
 from ostler.control.logfile import RotatedLog
 from ostler.control.runtime import VMM_LOG, Entry
 from ostler.control.wire import pack_error, unpack_error
@@ -27,8 +34,10 @@ CHUNK_BYTES = 64 << 10
 LOCK = "keeper.lock"
 
 
-def start(entry: Entry, job: Job, *, again: bool = False) -> None:
+def start(entry: Entry, job: Job, settings: Mapping[str, Any], *, again: bool = False) -> None:
     """Start a keeper; returns when the command runs. Raises what the agent refused it with.
+
+    `settings` are the plan's, for a guest that begins anew.
 
     A guest has one keeper at most. With `again` it is fine that there is one: whoever started it was killed meanwhile.
     """
@@ -40,7 +49,7 @@ def start(entry: Entry, job: Job, *, again: bool = False) -> None:
     assert process.stdin is not None
     assert process.stdout is not None
     with process.stdin, process.stdout:
-        process.stdin.write(json.dumps(dataclasses.asdict(job)).encode())
+        process.stdin.write(json.dumps({"job": dataclasses.asdict(job), "settings": dict(settings)}).encode())
         process.stdin.close()
         said = process.stdout.read()
     try:
@@ -57,14 +66,13 @@ def start(entry: Entry, job: Job, *, again: bool = False) -> None:
     process.returncode = 0
 
 
-def keep(entry: Entry, job: Job) -> None:
+def keep(entry: Entry, job: Job, settings: Mapping[str, Any]) -> None:
     """Run the job to its end, and end the guest with its status."""
-    from ostler.agent.client import AgentClient
-
     try:
         _be_the_only_one(entry)
-        agent = AgentClient.connect(entry.vsock_socket, timeout_s=30, alive=entry.is_running)
-        process = agent.start(job.argv, env=job.env, cwd=job.cwd, user=job.user)
+        resets = _resets(entry)
+        agent = _reach(entry, timeout_s=30)
+        process = _start(agent, job)
     except OstlerError as error:
         _say({"error": pack_error(error)})
         return
@@ -73,15 +81,43 @@ def keep(entry: Entry, job: Job) -> None:
     logger = threading.Thread(target=_write_log, args=(RotatedLog(entry.output_log), reading))
     logger.start()
     try:
-        with agent, process:
-            returncode = process.relay(None, writing, writing)
-    except AgentError:
-        # The guest has ended, or its agent has: then the guest is what somebody will look at.
+        while (returncode := _stay(agent, process, writing)) is None:
+            # The guest has ended, or its agent has: then the guest is what somebody will look at.
+            if (now := _resets(entry)) == resets:
+                return
+            resets = now
+            agent = _reach(entry, timeout_s=BOOT_TIMEOUT_S)
+            agent.configure(**network_of(entry)[0], **settings)
+            process = _start(agent, job)
+    except OstlerError:
         return
     finally:
         os.close(writing)
         logger.join()
     _end_guest(entry, returncode)
+
+
+def _reach(entry: Entry, *, timeout_s: float) -> AgentClient:
+    return AgentClient.connect(entry.vsock_socket, timeout_s=timeout_s, alive=entry.is_running)
+
+
+def _start(agent: AgentClient, job: Job) -> Process:
+    return agent.start(job.argv, env=job.env, cwd=job.cwd, user=job.user)
+
+
+def _stay(agent: AgentClient, process: Process, output: int) -> int | None:
+    """With the command to its end; None where its guest, or the agent, was gone before."""
+    try:
+        with agent, process:
+            return process.relay(None, output, output)
+    except AgentError:
+        return None
+
+
+def _resets(entry: Entry) -> int:
+    """How often the guest has begun anew. Raises OstlerError where it has ended."""
+    # A VM process of an older Ostler's does not say, and has none.
+    return int(guests.request(entry, "status", timeout_s=guests.LOOK_TIMEOUT_S).get("resets", 0))
 
 
 def _be_the_only_one(entry: Entry) -> None:
@@ -94,10 +130,7 @@ def _be_the_only_one(entry: Entry) -> None:
 
 
 def _end_guest(entry: Entry, returncode: int) -> None:
-    from ostler.client import guests
-    from ostler.client.guests import Verdict
-
-    verdict = Verdict(returncode if returncode >= 0 else 128 - returncode, "command ended")
+    verdict = guests.Verdict(returncode if returncode >= 0 else 128 - returncode, "command ended")
     with contextlib.suppress(OstlerError):
         if entry.facts.get("durable"):
             guests.stop(entry, verdict=verdict)
@@ -124,9 +157,10 @@ def _say(message: dict[str, object]) -> None:
 def main() -> None:
     """Read the job and stay with it."""
     folder = Path(sys.argv[1])
-    values = json.load(sys.stdin)
+    said = json.load(sys.stdin)
+    values = said["job"]
     job = Job(tuple(values["argv"]), dict(values["env"]), values["cwd"], values["user"])
-    keep(Entry(folder.name, folder), job)
+    keep(Entry(folder.name, folder), job, said["settings"])
 
 
 if __name__ == "__main__":

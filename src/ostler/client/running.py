@@ -96,10 +96,8 @@ class RunningGuest:
         """What the VM process says of the guest's interfaces: their addresses are chosen where the network is."""
         if not self.plan.spec.nets:
             return {}
-        facts = guests.request(self.entry, "inspect")
-        self.troubles = [str(each) for each in facts.get("troubles", [])]
-        known: dict[str, Any] = facts.get("network", {})
-        return {name: value for name, value in known.items() if value}
+        network, self.troubles = network_of(self.entry)
+        return network
 
     def release(self) -> None:
         """Let the guest go on by itself."""
@@ -134,6 +132,13 @@ class RunningGuest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
+
+
+def network_of(entry: Entry) -> tuple[dict[str, Any], list[str]]:
+    """A guest's addresses, for its agent, and what it has to do without."""
+    facts = guests.request(entry, "inspect")
+    known: dict[str, Any] = facts.get("network", {})
+    return {name: value for name, value in known.items() if value}, [str(each) for each in facts.get("troubles", [])]
 
 
 def start(plan: Plan, *, leash: bool, remove: bool) -> RunningGuest:

@@ -128,7 +128,7 @@ class ProcessLauncher:
                     say(trouble)
             if wanted.job.argv and wanted.is_service:
                 say("starting its command")
-                keeper.start(guest.entry, wanted.job, again=True)
+                keeper.start(guest.entry, wanted.job, wanted.settings, again=True)
         finally:
             guest.release()
 

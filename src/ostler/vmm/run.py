@@ -197,6 +197,8 @@ class GuestProcess:
                 self.processors, spec.schedule, name=folder.name if folder else "kernel", report=self._report
             )
             self._power_on = self._state_at_power_on(spec)
+            self.resets = 0
+            """How often the guest has begun anew."""
             self._resources = undo.pop_all()
         for processor in self.processors:
             self._outcome.when_ended(processor.ask_to_stop)
@@ -273,6 +275,7 @@ class GuestProcess:
 
         if self._power_on is None:
             raise HostError("the guest cannot be reset: expected one that was started with a policy that does")
+        self.resets += 1
         self.pause()
         machine = self.machine
         with self.lock:

@@ -160,6 +160,7 @@ class GuestService:
             "state": "paused" if self._process.is_paused else "running",
             "uptime_s": (time.monotonic_ns() - self._started_ns) / 1e9,
             "accelerator": self._facts["accelerator"],
+            "resets": self._process.resets,
             **({"migration": moving} if moving is not None else {}),
         }
 
