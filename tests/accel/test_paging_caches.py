@@ -8,7 +8,7 @@ from tests.accel.prelude import LAYOUT
 FREE, GP = LAYOUT["FREE"], 13
 ENTRY = LAYOUT["PT"] + 8 * (FREE >> 12)
 OTHER_PML4 = 0x3_0000
-PCIDE, PGE = 17, 7
+PCIDE, PGE, SMAP = 17, 7, 21
 
 
 @pytest.fixture(autouse=True)
@@ -215,3 +215,60 @@ def test_permission_added_needs_no_invalidation(lab: Lab) -> None:
         machine.write(ENTRY, FREE | 1)
 
         assert machine.run() == [5]
+
+
+# The loop runs often enough to be translated, then once at an address that is not aligned.
+MOVAPS = """
+    fault:
+        movaps  xmm0, [rsi]
+        dec     ecx
+        jnz     fault
+        ret
+"""
+
+
+def test_misaligned_access_faults_where_another_pcid_has_the_page_cached(lab: Lab) -> None:
+    with lab.machine(f"""
+    start:
+        {bit_on(PCIDE)}
+        mov     rbx, cr3
+        mov     esi, FREE
+        mov     ecx, 20000
+        call    fault
+        lea     rax, [rbx + 5]
+        mov     cr3, rax
+        mov     eax, ds:[FREE]
+        mov     rax, rbx
+        bts     rax, 63                         # back, with all that is cached
+        mov     cr3, rax
+        resume_at done
+        inc     esi
+        mov     ecx, 1
+        call    fault
+    done:
+        finish
+    {MOVAPS}
+    """) as machine:
+        log = machine.run()
+
+        assert log[:3] == [GP, 0, machine.label("fault")]
+
+
+def test_misaligned_supervisor_access_to_the_topmost_page_faults(lab: Lab) -> None:
+    with lab.machine(f"""
+    start:
+        {bit_on(SMAP)}
+        mov     esi, FREE
+        mov     ecx, 20000
+        call    fault
+        resume_at done
+        mov     rsi, -0xfff
+        mov     ecx, 1
+        call    fault
+    done:
+        finish
+    {MOVAPS}
+    """) as machine:
+        log = machine.run()
+
+        assert log[:3] == [GP, 0, machine.label("fault")]

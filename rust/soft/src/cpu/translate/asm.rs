@@ -246,6 +246,12 @@ impl Asm {
         self.code.push(value);
     }
 
+    /// `test reg8, imm`.
+    pub fn test_byte(&mut self, reg: u8, value: u8) {
+        self.modrm(&[], false, true, &[0xf6], 0, Rm::Reg(reg));
+        self.code.push(value);
+    }
+
     /// `movzx reg32, word or byte rm`.
     pub fn load_short(&mut self, bytes: u8, reg: u8, rm: Rm) {
         self.modrm(&[], false, bytes == 1, &[0x0f, if bytes == 1 { 0xb6 } else { 0xb7 }], reg, rm);

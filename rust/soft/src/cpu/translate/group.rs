@@ -194,7 +194,7 @@ impl Emitter<'_> {
         if place.base == RSP_BASE {
             self.stack_span(from, span);
         } else {
-            self.look_up(from, span, reach.write, 1);
+            self.look_up(from, span, reach.write);
         }
         self.groups.push(Group { from, first: self.index, last: self.index, opened: self.opened });
         let group = Some((self.groups.len() - 1, span as i32));

@@ -88,7 +88,7 @@ impl Builder {
     pub(super) fn access(&mut self, second: usize, size: usize, write: bool) -> usize {
         let start = self.align();
         let miss = self.asm.label();
-        super::memory::look_up(&mut self.asm, miss, size, write, 1);
+        super::memory::look_up(&mut self.asm, miss, size, write);
         self.asm.alu(false, group::XOR, RAX, Rm::Reg(RAX));
         self.ret();
         self.asm.place(miss);
@@ -132,7 +132,7 @@ impl Builder {
         self.asm.call_to(fill);
         self.asm.jump_if(cc::E, done);
         self.asm.place(crossing);
-        super::memory::look_up(&mut self.asm, miss, size, write, 1);
+        super::memory::look_up(&mut self.asm, miss, size, write);
         self.asm.alu(false, group::XOR, RAX, Rm::Reg(RAX));
         self.asm.place(done);
         self.ret();

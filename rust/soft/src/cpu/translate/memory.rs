@@ -3,7 +3,8 @@
 //! ```text
 //! r11 = linear address
 //! rcx = tlb + (r11 >> 12 & mask) * 32
-//! rax = (r11 + size - 1) & !0xfff | asid          ; with an alignment a: r11 & (!0xfff | a - 1) + asid
+//! r11 & align - 1 == 0, else miss                 ; where the instruction demands it
+//! rax = (r11 + size - 1) & !0xfff | asid
 //! rax == [rcx].r or .w, else miss
 //! r11 += [rcx].addend                             ; the host address
 //! ```
@@ -45,21 +46,14 @@ pub(super) fn find_entry(asm: &mut Asm) {
 }
 
 /// R11 becomes a host address, by the TLB.
-pub(super) fn look_up(asm: &mut Asm, miss: Label, size: usize, write: bool, align: usize) {
+pub(super) fn look_up(asm: &mut Asm, miss: Label, size: usize, write: bool) {
     find_entry(asm);
-    if align > 1 {
-        // Adding keeps apart what the address's low bits and the ASID have in common.
-        asm.load(RAX, Rm::Reg(R11));
-        asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096 | (align as i32 - 1));
-        asm.alu(true, group::ADD, RAX, cell(field::ASID));
-    } else {
-        match size {
-            1 => asm.load(RAX, Rm::Reg(R11)),
-            _ => asm.lea(true, RAX, Some(R11), None, size as i32 - 1),
-        }
-        asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096);
-        asm.alu(true, group::OR, RAX, cell(field::ASID));
+    match size {
+        1 => asm.load(RAX, Rm::Reg(R11)),
+        _ => asm.lea(true, RAX, Some(R11), None, size as i32 - 1),
     }
+    asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096);
+    asm.alu(true, group::OR, RAX, cell(field::ASID));
     let tag = if write { WRITE_TAG } else { READ_TAG };
     asm.alu(true, group::CMP, RAX, Rm::Mem(RCX, tag));
     asm.jump_if(cc::NE, miss);
@@ -117,15 +111,20 @@ impl Emitter<'_> {
             return Rm::Mem(R11, 0);
         }
         let miss = self.miss_label();
-        self.look_up(miss, size, write, align);
+        if align > 1 {
+            // By itself: low bits left in the tag could make it another address space's, or the one of no page.
+            self.asm.test_byte(R11, align as u8 - 1);
+            self.asm.jump_if(cc::NE, miss);
+        }
+        self.look_up(miss, size, write);
         self.known = place.map(|place| Known { place, write, group: None });
         Rm::Mem(R11, 0)
     }
 
     /// R11 becomes a host address, by the TLB: see [`look_up`].
-    pub(super) fn look_up(&mut self, miss: Label, size: usize, write: bool, align: usize) {
+    pub(super) fn look_up(&mut self, miss: Label, size: usize, write: bool) {
         let (from, back) = (self.asm.label(), self.asm.label());
-        look_up(&mut self.asm, from, size, write, align);
+        look_up(&mut self.asm, from, size, write);
         self.asm.place(back);
         self.seconds.push(Second { from, back, miss, write });
     }
