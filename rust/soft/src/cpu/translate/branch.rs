@@ -66,12 +66,13 @@ impl Emitter<'_> {
     fn load_target(&mut self, step: &Step) {
         if step.plan.memory.is_some() {
             let operand = self.access(step, 8, false, 1);
-            self.known = None;
             self.asm.load(R11, operand);
         } else {
             let guest = step.plan.operands[0].and_then(|o| o.gpr());
             self.asm.load(R11, guest.map_or(Rm::Reg(R11), home));
         }
+        // R11 is no longer what a group's accesses go by; a CALL's push is one.
+        self.known = None;
     }
 
     /// To R11: by a look-up of its own, so that the host's predictor knows this branch from others.

@@ -213,6 +213,17 @@ fn with_avx(bench: &mut Bench) {
 }
 
 #[test]
+fn test_translate_call_through_a_register_pushes_on_the_stack_after_a_group_by_rsp() {
+    // mov ecx, 1000; lea rdx, [rip+f]; l: mov rbx, [rsp+32]; pop rax; call rdx; push rax; dec ecx; jnz l; ud2; f: ret
+    let code = [
+        0xb9, 0xe8, 3, 0, 0, 0x48, 0x8d, 0x15, 0x0f, 0, 0, 0, 0x48, 0x8b, 0x5c, 0x24, 0x20, 0x58, 0xff, 0xd2, 0x50,
+        0xff, 0xc9, 0x75, 0xf3, 0x0f, 0x0b, 0xc3,
+    ];
+    let translated = both(&code, |bench| bench.cpu.regs[4] = 0x7f00);
+    assert_eq!((translated.cpu.fault.vector, translated.cpu.regs[4]), (vector::UD, 0x7f00));
+}
+
+#[test]
 fn test_translate_upper_halves_live_over_a_call_of_a_handler() {
     if !host_has_all() {
         return;
