@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ostler.errors import GuestGone, GuestNotFound, HostError
-from ostler.hostd import definition
+from ostler.hostd import bringing, definition
 from ostler.hostd.database import Database, StateFolder
 from ostler.hostd.definition import Definition
 from ostler.hostd.host import Host
@@ -184,3 +184,10 @@ def opened(
 def until(host: Host, condition: Callable[[], bool]) -> None:
     """Wait for a state of the host; it wakes whoever waits at every change."""
     assert host.wait_for(condition, TIMEOUT_S), [each.model_dump() for each in host.listed().guests]
+
+
+def bring_up(host: Host, name: str) -> None:
+    """Define a guest, start it, and wait until it is ready."""
+    host.define([guest(name)], replace=False)
+    bringing.begin_start(host, name, "test")
+    until(host, lambda: host.guests[name].is_ready)

@@ -12,7 +12,7 @@ from ostler.errors import AdmissionRefused, BadRequest
 from ostler.hostd import bringing
 from ostler.hostd.host import Host
 from ostler.hostd.models import GuestState, JobState
-from tests.unit.hostd.fakes import FakeLauncher, guest, opened, until
+from tests.unit.hostd.fakes import FakeLauncher, bring_up, guest, opened, until
 
 CRASHED = {"status": 3, "reason": "TripleFault", "message": "a triple fault"}
 
@@ -148,9 +148,7 @@ def test_over_guest_that_was_stopped_stays_so(tmp_path: Path, launcher: FakeLaun
 
 def test_begin_restart_ends_and_starts(tmp_path: Path, launcher: FakeLauncher) -> None:
     with opened(tmp_path, launcher) as host:
-        host.define([guest("db")], replace=False)
-        bringing.begin_start(host, "db", "test")
-        until(host, is_up(host, "db"))
+        bring_up(host, "db")
         job = bringing.begin_restart(host, "db", "test")
         done = host.jobs.wait(job.id, 10)
 

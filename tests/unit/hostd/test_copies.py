@@ -15,12 +15,12 @@ from ostler.client import snapshots
 from ostler.control import runtime
 from ostler.control.runtime import Entry
 from ostler.errors import AdmissionRefused
-from ostler.hostd import bringing, claims, work
+from ostler.hostd import claims, work
 from ostler.hostd.host import Host
 from ostler.hostd.jobs import Job
 from ostler.hostd.models import ForkWish, GuestState, JobState, RestoreWish
 from ostler.snapshot import store
-from tests.unit.hostd.fakes import GIB, TIMEOUT_S, FakeLauncher, Life, guest, opened, until
+from tests.unit.hostd.fakes import GIB, TIMEOUT_S, FakeLauncher, Life, bring_up, opened
 
 SPEC: dict[str, Any] = {
     "memory": GIB, "cpu_reserve": 25.0, "ports": [{"host": 80, "protocol": "tcp"}],
@@ -70,9 +70,7 @@ def copies(launcher: FakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Copies:
 @pytest.fixture
 def host(tmp_path: Path, launcher: FakeLauncher) -> Iterator[Host]:
     with opened(tmp_path, launcher) as found:
-        found.define([guest("db")], replace=False)
-        bringing.begin_start(found, "db", "test")
-        until(found, lambda: found.guests["db"].is_ready)
+        bring_up(found, "db")
         yield found
 
 

@@ -11,7 +11,7 @@ from ostler.errors import BadRequest
 from ostler.hostd import bringing
 from ostler.hostd.models import GuestState, JobState
 from ostler.hostd.opening import look
-from tests.unit.hostd.fakes import FakeLauncher, Life, guest, opened, until
+from tests.unit.hostd.fakes import FakeLauncher, Life, bring_up, guest, opened, until
 
 
 def test_open_after_crash_adopts_what_runs_and_settles_jobs(tmp_path: Path) -> None:
@@ -74,9 +74,7 @@ def test_open_starts_autostart_in_order_and_only_after_a_boot(tmp_path: Path) ->
 def test_open_stop_that_had_its_effect_is_done(tmp_path: Path) -> None:
     launcher = FakeLauncher()
     with opened(tmp_path, launcher, crash=True) as host:
-        host.define([guest("db")], replace=False)
-        bringing.begin_start(host, "db", "test")
-        until(host, lambda: host.guests["db"].is_ready)
+        bring_up(host, "db")
         stuck = threading.Event()
         launcher.hang = stuck
         job = bringing.begin_stop(host, "db", "test")
@@ -117,9 +115,7 @@ def test_open_bad_definition_is_told_as_broken_and_keeps_nobody_else(tmp_path: P
 def test_open_broken_definition_of_a_guest_that_runs_leaves_it_running(tmp_path: Path) -> None:
     launcher = FakeLauncher()
     with opened(tmp_path, launcher, crash=True) as host:
-        host.define([guest("db")], replace=False)
-        bringing.begin_start(host, "db", "test")
-        until(host, lambda: host.guests["db"].is_ready)
+        bring_up(host, "db")
         host.store.put_definitions({"db": {"imagge": "debian"}})
     with opened(tmp_path, launcher) as host:
         assert host.guests["db"].view().state is GuestState.RUNNING

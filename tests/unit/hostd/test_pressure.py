@@ -14,7 +14,7 @@ from ostler.hostd import bringing
 from ostler.hostd.host import Host
 from ostler.hostd.pressure import FIRST_REST_S, LONGEST_REST_S, Pressure, wanted
 from ostler.hostd.settings import Relief
-from tests.unit.hostd.fakes import GIB, FakeLauncher, guest, opened, until
+from tests.unit.hostd.fakes import GIB, FakeLauncher, bring_up, opened
 
 BELOW, UNTIL, SIZE = 1 * GIB, 2 * GIB, 16 * GIB
 
@@ -62,9 +62,7 @@ def launcher() -> Balloons:
 @pytest.fixture
 def host(tmp_path: Path, launcher: Balloons) -> Iterator[Host]:
     with opened(tmp_path, launcher) as found:
-        found.define([guest("db")], replace=False)
-        bringing.begin_start(found, "db", "test")
-        until(found, lambda: found.guests["db"].is_ready)
+        bring_up(found, "db")
         yield found
 
 
@@ -155,9 +153,7 @@ def test_look_that_did_not_help_is_not_repeated_at_once(host: Host) -> None:
 def test_look_after_a_restart_of_the_service_gives_back_what_its_forerunner_took(tmp_path: Path) -> None:
     launcher = Balloons()
     with opened(tmp_path, launcher, crash=True) as host:
-        host.define([guest("db")], replace=False)
-        bringing.begin_start(host, "db", "test")
-        until(host, lambda: host.guests["db"].is_ready)
+        bring_up(host, "db")
         Simulated(host).look(0)
     with opened(tmp_path, launcher) as host:
         Simulated(host).look(SIZE)
