@@ -25,7 +25,9 @@ let nextNotice = 1;
 
 addEventListener("hashchange", () => (route.value = parseRoute(location.hash)));
 
+/** The page from now on: the next key, which may be typed before the browser tells of the new address, is that page's. */
 export function go(target: Route): void {
+  route.value = target;
   location.hash = formatRoute(target);
 }
 
