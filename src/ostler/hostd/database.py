@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import sqlite3
 import threading
@@ -110,7 +111,9 @@ class Database:
         self._folder = folder
         self._writing = threading.RLock()
         self._engine = sa.create_engine(
-            f"sqlite:///{folder.database}", connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False}
+            f"sqlite:///{folder.database}",
+            connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
+            json_deserializer=_content,
         )
         event.listen(self._engine, "connect", _prepare)
         try:
@@ -273,6 +276,14 @@ def _prepare(raw: Any, _record: object) -> None:
     # Power may fail at any time: what was answered with "done" is on the disk.
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         raw.execute(f"PRAGMA {pragma}")
+
+
+def _content(text: str) -> Any:
+    # What is not JSON is one broken row, which whoever reads it tells as such: the others are read on.
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _limit(raw: Any, pages: int) -> None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 
 from ostler.hostd.database import DEFINITIONS, GUESTS, JOBS, TOKENS, Database
 from ostler.hostd.models import JobState, JobView, Role
 
 KEPT_JOBS = 2000
 _OPEN = (JobState.QUEUED.value, JobState.RUNNING.value)
+_ROLES = frozenset(each.value for each in Role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class Store:
         """What is remembered of each."""
         with self.database.reading() as connection:
             rows = connection.execute(sa.select(GUESTS))
-            return {row.name: Remembered(row.is_wanted, row.phase, row.restarts, row.ending) for row in rows}
+            return {row.name: _remembered(row) for row in rows}
 
     def put_guest(self, name: str, known: Remembered) -> None:
         """Remember it."""
@@ -102,33 +104,35 @@ class Store:
 
     def open_jobs(self) -> list[JobView]:
         """Those that had not ended when they were last kept, oldest first."""
-        with self.database.reading() as connection:
-            rows = connection.scalars(sa.select(JOBS.c.content).where(JOBS.c.state.in_(_OPEN)).order_by(JOBS.c.created))
-            return [JobView.model_validate(each) for each in rows]
+        return self._jobs(sa.select(JOBS).where(JOBS.c.state.in_(_OPEN)).order_by(JOBS.c.created))
 
     def jobs(self, *, guest: str | None, state: JobState | None, limit: int) -> list[JobView]:
         """Newest first."""
-        wanted = sa.select(JOBS.c.content).order_by(JOBS.c.created.desc()).limit(limit)
+        wanted = sa.select(JOBS).order_by(JOBS.c.created.desc()).limit(limit)
         if guest is not None:
             wanted = wanted.where(JOBS.c.guest == guest)
         if state is not None:
             wanted = wanted.where(JOBS.c.state == state.value)
-        with self.database.reading() as connection:
-            return [JobView.model_validate(each) for each in connection.scalars(wanted)]
+        return self._jobs(wanted)
 
     def job(self, identifier: str) -> JobView | None:
         """One of them."""
+        found = self._jobs(sa.select(JOBS).where(JOBS.c.id == identifier))
+        return found[0] if found else None
+
+    def _jobs(self, wanted: sa.Select[Any]) -> list[JobView]:
         with self.database.reading() as connection:
-            found = connection.scalar(sa.select(JOBS.c.content).where(JOBS.c.id == identifier))
-        return JobView.model_validate(found) if found is not None else None
+            return [_job(each) for each in connection.execute(wanted)]
 
     def tokens(self) -> list[Token]:
         """All, oldest first."""
         with self.database.reading() as connection:
             rows = connection.execute(sa.select(TOKENS).order_by(TOKENS.c.created))
+            # A role that this Ostler does not know gives no rights.
             return [
                 Token(row.id, row.name, Role(row.role), row.hash, row.created, row.expires, row.last_used)
                 for row in rows
+                if row.role in _ROLES
             ]
 
     def put_token(self, token: Token) -> None:
@@ -150,3 +154,19 @@ class Store:
         """Forget it; whether there was one."""
         with self.database.writing() as connection:
             return bool(connection.execute(sa.delete(TOKENS).where(TOKENS.c.id == identifier)).rowcount)
+
+
+def _remembered(row: sa.Row[Any]) -> Remembered:
+    ending = row.ending if isinstance(row.ending, dict) else None
+    return Remembered(row.is_wanted, row.phase, row.restarts, ending)
+
+
+def _job(row: sa.Row[Any]) -> JobView:
+    try:
+        return JobView.model_validate(row.content)
+    except ValidationError:
+        return JobView(
+            id=row.id, kind=row.kind, guest=row.guest, state=JobState.INTERRUPTED, progress=None,
+            message="its record cannot be read", created=row.created, started=None, ended=None, by="", result=None,
+            problem=None,
+        )  # fmt: skip

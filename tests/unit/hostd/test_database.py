@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from ostler.errors import DatabaseDamaged, DatabaseFull, HostError
-from ostler.hostd.database import VERSION, Database, StateFolder, migrations, recover, revisions
-from ostler.hostd.store import Store
+from ostler.hostd.database import TOKENS, VERSION, Database, StateFolder, migrations, recover, revisions
+from ostler.hostd.models import Role
+from ostler.hostd.store import Store, Token
 
 
 @contextlib.contextmanager
@@ -92,3 +94,12 @@ def test_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(HostError, match="of version 9999, which this Ostler does not know"), opened(tmp_path):
         pass
+
+
+def test_store_token_of_an_unknown_role_is_nobodys(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        for name, role in (("good", "viewer"), ("odd", "emperor")):
+            store.put_token(Token(name, name, Role.VIEWER, "hash", 0.0, None, None))
+            with store.database.writing() as connection:
+                connection.execute(sa.update(TOKENS).where(TOKENS.c.id == name).values(role=role))
+        assert [each.name for each in store.tokens()] == ["good"]

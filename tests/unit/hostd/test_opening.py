@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -123,6 +125,48 @@ def test_open_broken_definition_of_a_guest_that_runs_leaves_it_running(tmp_path:
         assert host.guests["db"].view().state is GuestState.BROKEN
         host.undefine(host.guests["db"])
         assert host.store.definitions() == {}
+
+
+@pytest.mark.parametrize("content", ['{"id": 7}', "not JSON", "null"])
+def test_open_unreadable_job_is_told_as_interrupted_and_keeps_nothing_else(tmp_path: Path, content: str) -> None:
+    launcher = FakeLauncher()
+    launcher.gates["slow"] = threading.Event()
+    with opened(tmp_path, launcher, crash=True) as host:
+        host.define([guest("slow")], replace=False)
+        job = bringing.begin_start(host, "slow", "test")
+        until(host, lambda: host.guests["slow"].state is GuestState.STARTING)
+    assert job is not None
+    launcher.gates["slow"].set()
+    _overwrite(tmp_path, "UPDATE jobs SET content = ?", content)
+
+    with opened(tmp_path, launcher) as host:
+        settled = host.jobs.get(job.id)
+        assert settled is not None
+        assert (settled.id, settled.kind, settled.guest, settled.state) == (
+            job.id,
+            "start",
+            "slow",
+            JobState.INTERRUPTED,
+        )
+        assert [each.id for each in host.jobs.listed(guest="slow", state=JobState.INTERRUPTED, limit=9)] == [job.id]
+
+
+def test_open_what_is_not_json_is_a_broken_definition(tmp_path: Path) -> None:
+    launcher = FakeLauncher()
+    with opened(tmp_path, launcher) as host:
+        host.define([guest("db")], replace=False)
+        bring_up(host, "web")
+    _overwrite(tmp_path, "UPDATE definitions SET content = ? WHERE name = 'db'", "{")
+    _overwrite(tmp_path, "UPDATE guests SET ending = ?", "{")
+
+    with opened(tmp_path, launcher) as host:
+        assert host.guests["db"].view().state is GuestState.BROKEN
+        assert host.guests["web"].view().state is not GuestState.BROKEN
+
+
+def _overwrite(folder: Path, statement: str, value: str) -> None:
+    with contextlib.closing(sqlite3.connect(folder / "host.db")) as raw, raw:
+        assert raw.execute(statement, (value,)).rowcount
 
 
 def test_look_strangers_come_and_go(tmp_path: Path) -> None:
