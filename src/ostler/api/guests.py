@@ -10,7 +10,7 @@ from fastapi import APIRouter, Body, Path, Query, Response
 from ostler.api.identity import TheCaller, TheService
 from ostler.api.operations import operation
 from ostler.errors import BadRequest
-from ostler.hostd import bringing, definition, work
+from ostler.hostd import definition, starting, stopping, work
 from ostler.hostd.definition import NAME_PATTERN
 from ostler.hostd.jobs import Job
 from ostler.hostd.models import (
@@ -79,7 +79,7 @@ def _define(
     host.define([wanted], replace=replace)
     response.headers["Location"] = f"/v1/guests/{wanted.name}"
     if wish.start:
-        bringing.begin_start(host, wanted.name, by)
+        starting.begin_start(host, wanted.name, by)
     return host.find(wanted.name).view()
 
 
@@ -101,7 +101,7 @@ def remove_guest(name: Name, service: TheService, force: bool = False) -> Respon
     """Forget a guest: its definition, its logs, how it ended."""
     guest = service.host.find(name)
     if force and guest.is_active:
-        bringing.kill(service.host, name)
+        stopping.kill(service.host, name)
         service.host.wait_for(lambda: guest.job is None, 10)
     service.host.undefine(guest)
     return Response(status_code=204)
@@ -110,7 +110,7 @@ def remove_guest(name: Name, service: TheService, force: bool = False) -> Respon
 @operation(router, "POST", "/v1/guests/{name}/start", Role.OPERATOR, status=202, model=JobView, problems=_BEGUN)
 def start_guest(name: Name, service: TheService, caller: TheCaller, response: Response) -> JobView:
     """Start a guest, and first what it depends on."""
-    job = bringing.begin_start(service.host, name, caller.name)
+    job = starting.begin_start(service.host, name, caller.name)
     if job is None:
         raise BadRequest(f"guest {name!r}: runs already")
     return begun(job, response)
@@ -123,7 +123,7 @@ def stop_guest(
 ) -> JobView:  # fmt: skip
     """Shut a guest down, and first what depends on it."""
     grace_s = wish.grace_s if wish is not None else None
-    return begun(bringing.begin_stop(service.host, name, caller.name, grace_s), response)
+    return begun(stopping.begin_stop(service.host, name, caller.name, grace_s), response)
 
 
 @operation(router, "POST", "/v1/guests/{name}/restart", Role.OPERATOR, status=202, model=JobView, problems=_BEGUN)
@@ -133,13 +133,13 @@ def restart_guest(
 ) -> JobView:  # fmt: skip
     """Shut a guest down and start it again."""
     grace_s = wish.grace_s if wish is not None else None
-    return begun(bringing.begin_restart(service.host, name, caller.name, grace_s), response)
+    return begun(stopping.begin_restart(service.host, name, caller.name, grace_s), response)
 
 
 @operation(router, "POST", "/v1/guests/{name}/kill", Role.OPERATOR, model=GuestView, problems=_ASKED)
 def kill_guest(name: Name, service: TheService) -> GuestView:
     """End a guest at once."""
-    bringing.kill(service.host, name)
+    stopping.kill(service.host, name)
     return service.host.find(name).view()
 
 

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from ostler.api.guests import Name, begun
 from ostler.api.identity import CALLER, COOKIE, TheCaller, TheService, Unauthorized
 from ostler.api.operations import operation
-from ostler.hostd import bringing, sampling, work
+from ostler.hostd import sampling, starting, stopping, work
 from ostler.hostd.host import Host
 from ostler.hostd.jobs import ENDED
 from ostler.hostd.models import (
@@ -100,14 +100,14 @@ def show_host(service: TheService) -> HostView:
 @operation(router, "POST", "/v1/host/down", Role.ADMIN, status=202, model=JobList, problems=(502, 507))
 def stop_all(service: TheService, caller: TheCaller) -> JobList:
     """Stop every guest that is defined, each before what it depends on."""
-    return JobList(jobs=[job.view for job in bringing.begin_stop_all(service.host, caller.name)])
+    return JobList(jobs=[job.view for job in stopping.begin_stop_all(service.host, caller.name)])
 
 
 @operation(router, "POST", "/v1/host/up", Role.ADMIN, status=202, model=JobList, problems=(409, 502, 507))
 def start_all(service: TheService, caller: TheCaller) -> JobList:
     """Start every guest that starts with the host and does not run."""
     names = [each.name for each in service.host.listed().guests if each.autostart]
-    return JobList(jobs=[job.view for job in bringing.begin_all(service.host, names, caller.name)])
+    return JobList(jobs=[job.view for job in starting.begin_all(service.host, names, caller.name)])
 
 
 @operation(router, "GET", "/v1/snapshots", Role.VIEWER, model=SnapshotList)

@@ -18,7 +18,7 @@ from ostler.api.app import create_app
 from ostler.api.service import Service
 from ostler.config.request import read_table
 from ostler.errors import BadRequest
-from ostler.hostd import admission, bringing, definition, inventory, settings
+from ostler.hostd import admission, definition, inventory, settings, stopping
 from ostler.hostd.access import Access
 from ostler.hostd.audit import Audit
 from ostler.hostd.database import Database, StateFolder
@@ -131,6 +131,6 @@ def read_folder(folder: Path | None) -> dict[str, Definition]:
 
 def stop_guests(host: Host) -> None:
     """All that are defined, in reverse order."""
-    jobs = bringing.begin_stop_all(host, "host")
+    jobs = stopping.begin_stop_all(host, "host")
     for job in jobs:
         host.jobs.wait(job.id, STOP_LIMIT_S)

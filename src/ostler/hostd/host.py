@@ -1,7 +1,8 @@
 """The service's heart: guests, what is to become of them, and the lock around both.
 
-`Host` answers from memory and begins jobs; `ostler.hostd.bringing` is what the jobs of starting and stopping do,
-`ostler.hostd.work` the others. State changes in one place, `Host.set`, which numbers and tells every change.
+`Host` answers from memory and begins jobs; `ostler.hostd.starting` and `stopping` are what the jobs of those names do,
+`ostler.hostd.work` the others, and `ostler.hostd.following` what follows from a guest's end. State changes in one
+place, `Host.set`, which numbers and tells every change.
 
 One lock guards all guests. Nothing under it waits for a guest: what takes time is a job.
 """
@@ -29,6 +30,8 @@ from ostler.hostd.store import Remembered, Store
 
 Later = Callable[[float, Callable[[], None]], object]
 """Calls something after so many seconds, in some thread; tests bring their own clock."""
+Restart = Callable[["Host", Guest, int], None]
+"""Starts a guest of that life whose time to back off is over: what is above this module."""
 
 
 def later(delay_s: float, call: Callable[[], None]) -> object:
@@ -43,13 +46,14 @@ class Host:
     """All guests of one host; see `ostler.hostd.opening.open_host` for how it begins."""
 
     def __init__(
-        self, store: Store, launcher: Launcher, *, limits: dict[str, int], ratios: dict[str, float] | None = None,
-        parallel_starts: int = 4, call_later: Later = later, first_event: int = 1,
+        self, store: Store, launcher: Launcher, *, restart: Restart, limits: dict[str, int],
+        ratios: dict[str, float] | None = None, parallel_starts: int = 4, call_later: Later = later,
+        first_event: int = 1,
     ) -> None:  # fmt: skip
         self.store, self.launcher, self.limits, self.ratios = store, launcher, limits, ratios or {}
         self.events = EventLog(first_event)
         self.jobs = Jobs(store, self.events)
-        self.call_later = call_later
+        self.restart, self.call_later = restart, call_later
         self.slots = threading.BoundedSemaphore(parallel_starts)
         self.guests: dict[str, Guest] = {}
         self.changed = threading.Condition(threading.RLock())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ostler.errors import BadRequest, OstlerError
-from ostler.hostd import bringing, definition, ordering
+from ostler.hostd import definition, following, ordering, starting
 from ostler.hostd.database import Database
 from ostler.hostd.definition import Definition
 from ostler.hostd.guest import Broken, Guest
@@ -43,7 +43,7 @@ def open_host(
     # Whoever counts on numbers growing is not disappointed by a service that could not say where it was.
     database.set_meta("next_event", str(first + _EVENTS_AHEAD))
     database.set_meta("boot_id", boot)
-    host = Host(store, launcher, limits=limits, first_event=first, **options)
+    host = Host(store, launcher, restart=starting.restart, limits=limits, first_event=first, **options)
     remembered, found = store.guests(), launcher.found()
     _define(host, store, files or {})
     for name, each in found.items():
@@ -103,9 +103,9 @@ def _go_on(host: Host, found: dict[str, Found], remembered: dict[str, Remembered
     wanted = []
     for guest in [*host.guests.values()]:
         if guest.name in found and found[guest.name].is_running:
-            bringing.watch(host, guest)
+            following.watch(host, guest)
             if guest.state is GuestState.STARTING:
-                bringing.complete(host, guest)
+                starting.complete(host, guest)
             continue
         known = remembered.get(guest.name)
         if guest.definition is None:
@@ -114,7 +114,7 @@ def _go_on(host: Host, found: dict[str, Found], remembered: dict[str, Remembered
             # It ended while nobody looked.
             guest.is_wanted = True
             ending = guest.ending or {"status": 1, "reason": "died", "message": "its VM process was killed"}
-            bringing.over(host, guest, ending)
+            following.over(host, guest, ending)
         elif known is not None and known.is_wanted and not is_new_boot:
             # Its start was under way, or its restart waited for its time.
             wanted.append(guest.name)
@@ -123,7 +123,7 @@ def _go_on(host: Host, found: dict[str, Found], remembered: dict[str, Remembered
         elif known is not None and known.ending:
             guest.ending = known.ending
             guest.state = GuestState.ENDED if known.ending.get("status") == 0 else GuestState.FAILED
-    bringing.begin_all(host, wanted, bringing.HOST)
+    starting.begin_all(host, wanted, starting.HOST)
 
 
 def _judge(host: Host, view: JobView) -> tuple[JobState, str]:
@@ -193,4 +193,4 @@ def _take_in(host: Host, guest: Guest, found: Found) -> None:
         guest, facts=found.facts, spec=found.spec, state=GuestState.RUNNING, is_ready=True, ending=None, reason=None,
         ready_at=time.time(),
     )  # fmt: skip
-    bringing.watch(host, guest)
+    following.watch(host, guest)

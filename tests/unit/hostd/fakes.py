@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ostler.errors import GuestGone, GuestNotFound, HostError
-from ostler.hostd import bringing, definition
+from ostler.hostd import definition, starting
 from ostler.hostd.database import Database, StateFolder
 from ostler.hostd.definition import Definition
 from ostler.hostd.host import Host
@@ -165,7 +165,7 @@ def opened(
     """A service over the launcher's guests; with `crash` it leaves without a word."""
     with StateFolder(folder) as state, contextlib.closing(Database(state)) as database:
         host = open_host(
-            database, launcher, limits=LIMITS, files=files, boot_id=boot_id,
+            database, launcher, limits=dict(LIMITS), files=files, boot_id=boot_id,
             **({"call_later": later} if later is not None else {}),
         )  # fmt: skip
         try:
@@ -189,5 +189,5 @@ def until(host: Host, condition: Callable[[], bool]) -> None:
 def bring_up(host: Host, name: str) -> None:
     """Define a guest, start it, and wait until it is ready."""
     host.define([guest(name)], replace=False)
-    bringing.begin_start(host, name, "test")
+    starting.begin_start(host, name, "test")
     until(host, lambda: host.guests[name].is_ready)

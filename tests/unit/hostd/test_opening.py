@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ostler.errors import BadRequest
-from ostler.hostd import bringing
+from ostler.hostd import starting, stopping
 from ostler.hostd.models import GuestState, JobState
 from ostler.hostd.opening import look
 from tests.unit.hostd.fakes import FakeLauncher, Life, bring_up, guest, opened, until
@@ -21,9 +21,9 @@ def test_open_after_crash_adopts_what_runs_and_settles_jobs(tmp_path: Path) -> N
     launcher.gates["slow"] = threading.Event()
     with opened(tmp_path, launcher, crash=True) as host:
         host.define([guest("db"), guest("slow")], replace=False)
-        bringing.begin_start(host, "db", "test")
+        starting.begin_start(host, "db", "test")
         until(host, lambda: host.guests["db"].is_ready)
-        job = bringing.begin_start(host, "slow", "test")
+        job = starting.begin_start(host, "slow", "test")
         until(host, lambda: ("start", "slow") in launcher.log)
         until(host, lambda: host.guests["slow"].state is GuestState.STARTING)
     assert job is not None
@@ -45,7 +45,7 @@ def test_open_guest_that_ended_meanwhile_follows_its_policy(tmp_path: Path) -> N
     launcher = FakeLauncher()
     with opened(tmp_path, launcher, crash=True) as host:
         host.define([guest("db", restart={"policy": "on-failure", "delay_s": 0}), guest("once")], replace=False)
-        bringing.begin_all(host, ["db", "once"], "test")
+        starting.begin_all(host, ["db", "once"], "test")
         until(host, lambda: host.guests["db"].is_ready and host.guests["once"].is_ready)
     launcher.lives["db"].finish({"status": 3, "reason": "GuestPanic", "message": "panic"})
     launcher.lives["once"].finish({"status": 0, "reason": "power-off", "message": ""})
@@ -63,7 +63,7 @@ def test_open_starts_autostart_in_order_and_only_after_a_boot(tmp_path: Path) ->
     with opened(tmp_path, launcher, boot_id="boot-2") as host:
         until(host, lambda: host.guests["web"].is_ready)
         assert launcher.names("start") == ["db", "web"]
-        job = bringing.begin_stop(host, "web", "test")
+        job = stopping.begin_stop(host, "web", "test")
         host.jobs.wait(job.id, 10)
     with opened(tmp_path, launcher, boot_id="boot-2") as host:
         # Who stopped it wanted it stopped, and a restart of the service changes nothing.
@@ -79,7 +79,7 @@ def test_open_stop_that_had_its_effect_is_done(tmp_path: Path) -> None:
         bring_up(host, "db")
         stuck = threading.Event()
         launcher.hang = stuck
-        job = bringing.begin_stop(host, "db", "test")
+        job = stopping.begin_stop(host, "db", "test")
         until(host, lambda: host.guests["db"].state is GuestState.STOPPING)
     launcher.lives["db"].finish({"status": 0, "reason": "power-off", "message": ""})
 
@@ -104,13 +104,13 @@ def test_open_bad_definition_is_told_as_broken_and_keeps_nobody_else(tmp_path: P
         told = [each.data for each in host.events.since(0) if each.kind == "definition"]
         assert told == [{"name": "db", "what": "broken", "reason": view.reason}]
         with pytest.raises(BadRequest, match="'db': its definition is broken: memory 'plenty'"):
-            bringing.begin_start(host, "user", "test")
+            starting.begin_start(host, "user", "test")
         # Everything that looks at all of them goes on.
-        assert bringing.begin_stop_all(host, "test")
+        assert stopping.begin_stop_all(host, "test")
 
         host.define([guest("db")], replace=True)
         assert host.guests["db"].view().state is GuestState.DEFINED
-        bringing.begin_start(host, "user", "test")
+        starting.begin_start(host, "user", "test")
         until(host, lambda: host.guests["user"].is_ready)
 
 
@@ -121,7 +121,7 @@ def test_open_broken_definition_of_a_guest_that_runs_leaves_it_running(tmp_path:
         host.store.put_definitions({"db": {"imagge": "debian"}})
     with opened(tmp_path, launcher) as host:
         assert host.guests["db"].view().state is GuestState.RUNNING
-        host.jobs.wait(bringing.begin_stop(host, "db", "test").id, 20)
+        host.jobs.wait(stopping.begin_stop(host, "db", "test").id, 20)
         assert host.guests["db"].view().state is GuestState.BROKEN
         host.undefine(host.guests["db"])
         assert host.store.definitions() == {}
@@ -133,7 +133,7 @@ def test_open_unreadable_job_is_told_as_interrupted_and_keeps_nothing_else(tmp_p
     launcher.gates["slow"] = threading.Event()
     with opened(tmp_path, launcher, crash=True) as host:
         host.define([guest("slow")], replace=False)
-        job = bringing.begin_start(host, "slow", "test")
+        job = starting.begin_start(host, "slow", "test")
         until(host, lambda: host.guests["slow"].state is GuestState.STARTING)
     assert job is not None
     launcher.gates["slow"].set()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostler.hostd import bringing
+from ostler.hostd import stopping
 from ostler.hostd.host import Host
 from ostler.hostd.pressure import FIRST_REST_S, LONGEST_REST_S, Pressure, wanted
 from ostler.hostd.settings import Relief
@@ -129,7 +129,7 @@ def test_look_taken_twice_gives_all_of_it_back(host: Host, launcher: Balloons) -
 def test_look_guest_that_has_ended_is_not_asked(host: Host, launcher: Balloons) -> None:
     simulated = Simulated(host)
     simulated.look(0)
-    host.jobs.wait(bringing.begin_stop(host, "db", "test").id, 20)
+    host.jobs.wait(stopping.begin_stop(host, "db", "test").id, 20)
 
     simulated.look(SIZE)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ostler.errors import AdmissionRefused, BadRequest
-from ostler.hostd import bringing
+from ostler.hostd import starting, stopping
 from ostler.hostd.host import Host
 from ostler.hostd.models import GuestState, JobState
 from tests.unit.hostd.fakes import FakeLauncher, bring_up, guest, opened, until
@@ -35,7 +35,7 @@ def test_begin_start_dependencies_are_ready_first(tmp_path: Path, launcher: Fake
     with opened(tmp_path, launcher) as host:
         host.define([guest("db"), guest("web", depends_on=["db"])], replace=False)
 
-        job = bringing.begin_start(host, "web", "test")
+        job = starting.begin_start(host, "web", "test")
         until(host, lambda: ("start", "db") in launcher.log)
         assert state(host, "web") is GuestState.WAITING
         launcher.gates["db"].set()
@@ -53,7 +53,7 @@ def test_begin_all_independent_guests_start_at_once(tmp_path: Path, launcher: Fa
         launcher.gates[name] = threading.Event()
     with opened(tmp_path, launcher) as host:
         host.define([guest("a"), guest("b")], replace=False)
-        bringing.begin_all(host, ["a", "b"], "test")
+        starting.begin_all(host, ["a", "b"], "test")
 
         # Neither is ready, and both were begun.
         until(host, lambda: sorted(launcher.names("start")) == ["a", "b"])
@@ -66,7 +66,7 @@ def test_begin_start_failed_dependency_fails_who_waits(tmp_path: Path, launcher:
     launcher.broken.add("db")
     with opened(tmp_path, launcher) as host:
         host.define([guest("db"), guest("web", depends_on=["db"])], replace=False)
-        job = bringing.begin_start(host, "web", "test")
+        job = starting.begin_start(host, "web", "test")
         assert job is not None
         done = host.jobs.wait(job.id, 10)
 
@@ -81,10 +81,10 @@ def test_begin_start_failed_dependency_fails_who_waits(tmp_path: Path, launcher:
 def test_begin_stop_users_end_first(tmp_path: Path, launcher: FakeLauncher) -> None:
     with opened(tmp_path, launcher) as host:
         host.define([guest("db"), guest("cache", depends_on=["db"]), guest("web", depends_on=["cache"])], replace=False)
-        bringing.begin_start(host, "web", "test")
+        starting.begin_start(host, "web", "test")
         until(host, is_up(host, "web"))
 
-        job = bringing.begin_stop(host, "db", "test")
+        job = stopping.begin_stop(host, "db", "test")
         host.jobs.wait(job.id, 10)
 
         assert launcher.names("stop") == ["web", "cache", "db"]
@@ -95,14 +95,14 @@ def test_begin_stop_start_that_waits_is_called_off(tmp_path: Path, launcher: Fak
     launcher.gates["db"] = threading.Event()
     with opened(tmp_path, launcher) as host:
         host.define([guest("db")], replace=False)
-        starting = bringing.begin_start(host, "db", "test")
+        begun = starting.begin_start(host, "db", "test")
         until(host, lambda: state(host, "db") is GuestState.STARTING and bool(launcher.names("start")))
 
-        stopping = bringing.begin_stop(host, "db", "test")
-        host.jobs.wait(stopping.id, 10)
+        ending = stopping.begin_stop(host, "db", "test")
+        host.jobs.wait(ending.id, 10)
 
-        assert starting is not None
-        ended = host.jobs.wait(starting.id, 10)
+        assert begun is not None
+        ended = host.jobs.wait(begun.id, 10)
         assert ended is not None
         assert ended.state is JobState.CANCELLED
         assert state(host, "db") is GuestState.ENDED
@@ -120,7 +120,7 @@ def test_over_crash_is_restarted_with_back_off(tmp_path: Path, launcher: FakeLau
     with opened(tmp_path, launcher, later=later) as host:
         wish = {"policy": "on-failure", "delay_s": 2, "limit": 2}
         host.define([guest("db", restart=wish)], replace=False)
-        bringing.begin_start(host, "db", "test")
+        starting.begin_start(host, "db", "test")
         for _ in range(2):
             until(host, is_up(host, "db"))
             launcher.lives["db"].finish(CRASHED)
@@ -138,9 +138,9 @@ def test_over_crash_is_restarted_with_back_off(tmp_path: Path, launcher: FakeLau
 def test_over_guest_that_was_stopped_stays_so(tmp_path: Path, launcher: FakeLauncher) -> None:
     with opened(tmp_path, launcher) as host:
         host.define([guest("db", restart={"policy": "always"})], replace=False)
-        bringing.begin_start(host, "db", "test")
+        starting.begin_start(host, "db", "test")
         until(host, is_up(host, "db"))
-        bringing.kill(host, "db")
+        stopping.kill(host, "db")
 
         assert state(host, "db") is GuestState.ENDED
         assert launcher.names("start") == ["db"]
@@ -149,7 +149,7 @@ def test_over_guest_that_was_stopped_stays_so(tmp_path: Path, launcher: FakeLaun
 def test_begin_restart_ends_and_starts(tmp_path: Path, launcher: FakeLauncher) -> None:
     with opened(tmp_path, launcher) as host:
         bring_up(host, "db")
-        job = bringing.begin_restart(host, "db", "test")
+        job = stopping.begin_restart(host, "db", "test")
         done = host.jobs.wait(job.id, 10)
 
         assert done is not None
@@ -172,7 +172,7 @@ def test_begin_start_beside_what_autostart_is_promised_is_refused(tmp_path: Path
         host.define([guest("db", memory="6G", autostart=True), guest("web", memory="4G")], replace=False)
 
         with pytest.raises(AdmissionRefused, match="memory"):
-            bringing.begin_start(host, "web", "test")
+            starting.begin_start(host, "web", "test")
         assert launcher.log == []
 
 
