@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,6 +25,9 @@ echo "zeroes: $(md5sum </mnt/zeroes)"
 echo from the guest >/mnt/answer
 umount /mnt
 mount -t ext4 /dev/vdc /mnt && echo "third: $(cat /mnt/hello)" && echo from the guest >/mnt/answer && umount /mnt
+start=$(cut -d' ' -f1 /proc/uptime)
+dd if=/dev/vdd of=/dev/null bs=64k count=64 2>/dev/null
+echo "slow: $start $(cut -d' ' -f1 /proc/uptime)"
 echo x >/dev/vdb 2>/dev/null || echo "vdb: read-only"
 echo "entropy: $(head -c 32 /dev/hwrng | wc -c)"
 grep -c 'PCI-MSI.*virtio' /proc/interrupts
@@ -44,12 +48,15 @@ def test_stock_drivers_use_disk_and_entropy_device(boot: Boot, tmp_path: Path) -
     (tree / "hello").write_text("hello from the host\n")
     subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "64M"], check=True)
     other.write_bytes(bytes(1 << 20))
+    slow = tmp_path / "slow.img"
+    slow.write_bytes(bytes(4 << 20))
     third = tmp_path / "third.qcow2"
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, third], check=True)
 
     run = boot(
         "--kernel", str(kernel.image), "--initrd", str(ramdisk), "--append", "console=ttyS0 loglevel=8",
         "--disk", f"{disk},serial=first", "--disk", f"{other},ro", "--disk", str(third),
+        "--disk", f"{slow},ro,rate=4M",
     )  # fmt: skip
 
     assert run.status == 0, run.log + run.console[-3000:]
@@ -58,6 +65,9 @@ def test_stock_drivers_use_disk_and_entropy_device(boot: Boot, tmp_path: Path) -
         assert expected in run.console, run.console[-3000:]
     assert "zeroes: 96995b58d4cbf6aaa9041b4f00c7f6ae" in run.console
     assert "FAILED" not in run.console
+    # Four MiB at four a second; a tenth of a second's worth passes at once, and what is asked last may pass on debt.
+    began, ended = map(float, re.findall(r"slow: ([\d.]+) ([\d.]+)", run.console)[0])
+    assert ended - began > 0.6
     assert "Fatal: No config space access function" not in run.console
     answer = subprocess.run(["debugfs", "-R", "cat answer", disk], capture_output=True, check=True)
     assert answer.stdout == b"from the guest\n"

@@ -37,7 +37,7 @@ def run_kernel(request: GuestRequest, *, timing: bool) -> int:
     # Judged before the kernel is there, which may take a while to fetch.
     spec = parse_guest(
         kernel=kernel or os.devnull, initrd=request.initrd, append=request.append or "", memory=request.memory,
-        cpus=request.cpus, cpu=request.cpu, accel=request.accel, disks=request.disks, nets=request.nets,
+        cpus=request.cpus, cpu=request.cpu, accel=request.accel, disks=request.paced(*request.disks), nets=request.nets,
         ports=request.ports, test_devices=request.test_devices, **request.treatment,
     )  # fmt: skip
     with progress.shown() as shown:

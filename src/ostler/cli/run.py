@@ -96,9 +96,15 @@ def command(  # noqa: PLR0913 - one parameter per option
     disk: Annotated[
         Repeated,
         typer.Option(
-            metavar="FILE[,ro][,overlay][,format=…][,serial=…]",
+            metavar="FILE[,ro][,overlay][,format=…][,serial=…][,rate=SIZE]",
             help="One more disk; repeatable.",
             rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    disk_rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Bytes a second for each disk without a rate of its own.", rich_help_panel=_MACHINE
         ),
     ] = None,
     persist: Annotated[
@@ -204,8 +210,9 @@ def command(  # noqa: PLR0913 - one parameter per option
     words: tuple[str, ...] | None = context.obj or None
     given = {
         "image": image, "kernel": kernel, "initrd": initrd, "append": append, "command": words, "name": name,
-        "hostname": hostname, "memory": memory, "cpus": cpus, "cpu": cpu, "accel": accel, "disks": disk, "nets": net,
-        "ports": publish, "volumes": volume, "env": env, "workdir": workdir, "user": user, "persist": persist,
+        "hostname": hostname, "memory": memory, "cpus": cpus, "cpu": cpu, "accel": accel, "disks": disk,
+        "disk_rate": disk_rate, "nets": net, "ports": publish, "volumes": volume, "env": env, "workdir": workdir,
+        "user": user, "persist": persist,
         "seed": seed, "cold": cold or None,
         "cpu_weight": cpu_weight, "cpu_cap": cpu_cap, "cpu_reserve": cpu_reserve, "cpu_pin": pin,
         "calls": calls, **policies(on), "dns": dns, "ssh_keys": ssh_key, "test_devices": test_devices or None,

@@ -73,7 +73,8 @@ def make(request: GuestRequest, *, progress: Progress = silent) -> Plan:
     spec = parse_guest(
         kernel=image.kernel, initrd=ramdisk, append=_command_line(request, image),
         memory=request.memory, cpus=request.cpus, cpu=request.cpu, accel=request.accel,
-        disks=(root, *_seed(request), *request.disks), nets=nets, ports=request.ports, shares=request.volumes,
+        disks=request.paced(root, *_seed(request), *request.disks), nets=nets, ports=request.ports,
+        shares=request.volumes,
         vsock_cid=GUEST_CID, rng=request.rng, balloon=request.balloon,
         test_devices=request.test_devices, **request.treatment,
     )  # fmt: skip

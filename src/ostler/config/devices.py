@@ -1,6 +1,6 @@
 """Disks, networks, forwarded ports, shared folders: each as a table in a file, or as one text of the command line.
 
-disk    FILE[,ro][,format=raw|qcow2|auto][,overlay][,serial=TEXT]
+disk    FILE[,ro][,format=raw|qcow2|auto][,overlay][,serial=TEXT][,rate=SIZE]
 net     passt | tap=NAME | bridge=NAME | none   [,mac=…][,mtu=N][,rate=SIZE][,ip=ADDRESS/BITS][,gateway=ADDRESS]
 port    [ADDRESS:]HOST:GUEST[/udp]
 share   HOST:GUEST[:ro]
@@ -69,6 +69,7 @@ def _address(value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_address)]
+Rate = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 
 
 class DiskSpec(_Part):
@@ -80,15 +81,17 @@ class DiskSpec(_Part):
     overlay: bool = False
     """What the guest writes is thrown away at its end."""
     serial: Annotated[str, AfterValidator(one_line), Field(max_length=20)] | None = None
+    rate: Rate | None = None
+    """Bytes a second that it reads and writes together, at most."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         if not isinstance(value, str | Path):
             return value
-        path, options = split_options(str(value), flags=("ro", "overlay"), keys=("format", "serial"))
+        path, options = split_options(str(value), flags=("ro", "overlay"), keys=("format", "serial", "rate"))
         if not path:
-            raise ValueError("expected FILE[,ro][,overlay][,format=raw|qcow2][,serial=TEXT]")
+            raise ValueError("expected FILE[,ro][,overlay][,format=raw|qcow2][,serial=TEXT][,rate=SIZE]")
         if "ro" in options:
             options["read_only"] = options.pop("ro")
         return {"path": path, **options}
@@ -102,7 +105,7 @@ class NetSpec(_Part):
     """The host's TAP device, or its bridge."""
     mac: Annotated[str, AfterValidator(_mac)] | None = None
     mtu: Annotated[int, Field(ge=MIN_MTU, le=MAX_MTU)] | None = None
-    rate: Annotated[int, BeforeValidator(_size), Field(gt=0)] | None = None
+    rate: Rate | None = None
     """Bytes per second, each way."""
     ip: Annotated[str, AfterValidator(_network)] | None = None
     """A static address with its prefix; without one the guest asks by DHCP."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ostler.config.complaints import bad_request
-from ostler.config.devices import Address, DiskSpec, NetSpec, PortSpec, ShareSpec, absolute
+from ostler.config.devices import Address, DiskSpec, NetSpec, PortSpec, Rate, ShareSpec, absolute
 from ostler.config.guest import DEFAULT_MEMORY_BYTES, Accelerator, CpuModel, Cpus, Memory, TextLine
 from ostler.config.schedule import HostCpusHere
 from ostler.config.treatment import Treatment
@@ -106,6 +106,9 @@ class GuestRequest(Treatment):
     cpu: CpuModel | None = Field(None, description="Processor model; by default the newest fixed one.")
     accel: Accelerator = "auto"
     disks: tuple[DiskSpec, ...] = ()
+    disk_rate: Rate | None = Field(
+        None, description="Bytes a second for each disk that has no rate of its own, the root disk among them."
+    )
     nets: Annotated[tuple[NetSpec, ...], BeforeValidator(_nets)] | None = Field(None, description="By default passt.")
     ports: tuple[PortSpec, ...] = ()
     volumes: tuple[ShareSpec, ...] = ()
@@ -123,6 +126,12 @@ class GuestRequest(Treatment):
     cold: bool = Field(default=False, description="Boot, even where a snapshot of a booted guest could be had.")
     cpu_pin: HostCpusHere = Field(None, description="Host CPUs it runs on.")
     test_devices: bool = False
+
+    def paced(self, *disks: DiskSpec) -> tuple[DiskSpec, ...]:
+        """These disks, held to `disk_rate` where they have no rate of their own."""
+        return tuple(
+            disk if disk.rate is not None else disk.model_copy(update={"rate": self.disk_rate}) for disk in disks
+        )
 
     @model_validator(mode="after")
     def _shares_fit(self) -> GuestRequest:

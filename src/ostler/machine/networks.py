@@ -18,7 +18,6 @@ from ostler.backends.passt_options import Address, Forward, GuestAddresses, Pass
 from ostler.backends.tap import Tap
 from ostler.config.devices import NetSpec, PortSpec
 from ostler.devices.virtio.net import NetDevice
-from ostler.devices.virtio.rate_limit import RateLimit
 from ostler.errors import BadRequest, HostError
 from ostler.machine.surroundings import Surroundings
 
@@ -77,7 +76,7 @@ def _network(
         tap_name = TAP_NAMES if bridge else net.interface or ""
         backend = stack.enter_context(Tap(tap_name, around.host, report=report, bridge=bridge, mtu=net.mtu))
         known = with_static(GuestAddresses(mac, None, None, (), backend.mtu), net)
-    limits = [None if net.rate is None else _limit(net.rate, around) for _ in range(2)]
+    limits = [around.limit(net.rate) for _ in range(2)]
     device = NetDevice(backend, mac=mac, tx_limit=limits[0], rx_limit=limits[1])
     backend.on_down = lambda: device.set_link(up=False)
     return Network(name, device, settings(known))
@@ -152,10 +151,3 @@ def merged_settings(networks: Sequence[Network]) -> dict[str, Any]:
 
 def _forward(port: PortSpec) -> Forward:
     return Forward(port.host, port.guest, port.protocol, port.host_address or "")
-
-
-def _limit(rate: int, around: Surroundings) -> RateLimit:
-    timer = around.new_timer()
-    limit = RateLimit(rate, clock=around.clock, timer=timer)
-    timer.call(limit.expired)
-    return limit

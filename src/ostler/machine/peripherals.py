@@ -106,14 +106,18 @@ def _disk(
     image_format = disk_format(disk.path, disk.format)
     if image_format == "raw":
         opened = _open(disk, name, stack, around)
-        return Block(opened, queue_count=queue_count, worker=stack.enter_context(Worker(name, around.host)))
+        worker = stack.enter_context(Worker(name, around.host))
+        return Block(opened, queue_count=queue_count, worker=worker, limit=around.limit(disk.rate))
     daemon = StorageDaemon(
         disk.path, image_format, read_only=disk.read_only, overlay=disk.overlay, queue_count=queue_count
     )
     stack.callback(daemon.close)
     server = _server(daemon, name, stack, around, queue_count=queue_count, config_bytes=BLK_CONFIG_BYTES)
     serial = disk.serial or default_serial(disk.path)
-    return ExternalBlock(server, serial=serial, queue_sizes=(RING_SIZE,) * queue_count, feature_mask=BLK_FEATURES)
+    return ExternalBlock(
+        server, serial=serial, queue_sizes=(RING_SIZE,) * queue_count, feature_mask=BLK_FEATURES,
+        limit=around.limit(disk.rate),
+    )  # fmt: skip
 
 
 def _share(share: ShareSpec, tag: str, stack: contextlib.ExitStack, around: Surroundings) -> VirtioDevice:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ostler.backends.loop import Host
+from ostler.devices.virtio.rate_limit import RateLimit
 from ostler.devices.wiring import Clock
 from ostler.machine.board import BoardTimer
 
@@ -34,3 +35,12 @@ class Surroundings:
     """Called with another runtime folder when that is the guest's from now on. Before the loop runs."""
     goes_on: bool = False
     """Whether the guest goes on from somewhere: milliseconds count, and nobody waits for what it does not need yet."""
+
+    def limit(self, bytes_per_s: int | None) -> RateLimit | None:
+        """What holds a device to so much; None for one that is not held."""
+        if bytes_per_s is None:
+            return None
+        timer = self.new_timer()
+        limit = RateLimit(bytes_per_s, clock=self.clock, timer=timer)
+        timer.call(limit.expired)
+        return limit

@@ -27,9 +27,11 @@ from ostler.backends.vhost_user_ring import RING_BYTES, RING_SIZE, ShadowRing
 from ostler.backends.vhost_user_wire import BackEndLost, Channel
 from ostler.backends.virtiofsd import Virtiofsd
 from ostler.devices.virtio.external import ExternalBlock, SharedFolder
+from ostler.devices.virtio.rate_limit import RateLimit
 from ostler.errors import BadRequest, DiskBusy, HostError
 from ostler.host.helpers import SYSTEM_FOLDERS
 from ostler.host.memfd import SharedMapping
+from ostler.testing.fakes import FakeClock, FakeTimer
 from ostler.testing.virtio import FakeDriver
 
 MIB = 1 << 20
@@ -87,13 +89,15 @@ class Rig:
         self.host = Host(self.loop, threading.Lock())
         self.reports: list[str] = []
 
-    def disk(self, path: Path, *, read_only: bool = False, overlay: bool = False) -> FakeDriver:
+    def disk(
+        self, path: Path, *, read_only: bool = False, overlay: bool = False, limit: RateLimit | None = None
+    ) -> FakeDriver:
         daemon = StorageDaemon(path, "qcow2", read_only=read_only, overlay=overlay, queue_count=1)
         self.stack.callback(daemon.close)
         self.server = self.stack.enter_context(
             VhostUser(daemon, self.host, queue_count=1, config_bytes=60, report=self.reports.append)
         )
-        device = ExternalBlock(self.server, serial="mine", queue_sizes=(64,), feature_mask=(1 << 24) - 1)
+        device = ExternalBlock(self.server, serial="mine", queue_sizes=(64,), feature_mask=(1 << 24) - 1, limit=limit)
         return self.stack.enter_context(FakeDriver(device))
 
     def request(self, driver: FakeDriver, readable: list[bytes], writable: list[int], queue: int = 0) -> bytes:
@@ -162,6 +166,26 @@ def test_qcow2_read_only_says_so(rig: Rig, image: Path) -> None:
     assert driver.device.features >> abi.VIRTIO_BLK_F_RO & 1
     answer = rig.request(driver, [abi.REQUEST.pack(abi.VIRTIO_BLK_T_OUT, 0, 0), bytes(512)], [1])
     assert answer[-1] != 0
+
+
+@needs_daemon
+def test_limit_holds_requests_back_and_changes_no_answer(rig: Rig, image: Path) -> None:
+    clock, timer = FakeClock(), FakeTimer()
+    limit = RateLimit(100_000, clock=clock, timer=timer, burst_bytes=1)
+    driver = rig.disk(image, limit=limit)
+    driver.device.kick_again = driver.kick
+    rig.write(driver, 0, b"o" * 4096)
+    sent = driver.queues[0].add([abi.REQUEST.pack(abi.VIRTIO_BLK_T_IN, 0, 0)], [4096, 1])
+    driver.kick(0)
+    assert timer.deadline_ns is not None
+    assert 40_000_000 <= timer.deadline_ns <= 43_000_000
+    assert not driver.queues[0].collect()
+
+    clock.now_ns = timer.deadline_ns
+    limit.expired()
+
+    rig.loop.until(lambda: driver.queues[0].collect() == [sent])
+    assert driver.queues[0].contents(sent) == b"o" * 4096 + b"\0"
 
 
 @needs_daemon

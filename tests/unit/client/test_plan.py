@@ -50,6 +50,13 @@ def test_plain_request_is_a_throw_away_guest_with_an_agent_and_a_network(image: 
     assert image.boot == made.boot == "agent"
 
 
+@pytest.mark.usefixtures("image")
+def test_disk_rate_is_every_disks_that_has_none_of_its_own() -> None:
+    made = make(disk_rate="10M", disks=["/a,rate=1M", "/b"])
+    assert [disk.rate for disk in made.spec.disks] == [10 << 20, 1 << 20, 10 << 20]
+    assert [disk.rate for disk in make(disks=["/a"]).spec.disks] == [None, None]
+
+
 def test_images_defaults_are_filled_in_and_given_way_to(image: ImageConfig) -> None:
     assert make().job.argv == image.command
     assert not make().is_service

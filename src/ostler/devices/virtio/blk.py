@@ -25,6 +25,7 @@ from ostler.devices.virtio.blk_backend import AtOnce, Disk, Worker
 from ostler.devices.virtio.chain import Chain, QueueError
 from ostler.devices.virtio.device import VirtioDevice, read_field
 from ostler.devices.virtio.queue import Virtqueue
+from ostler.devices.virtio.rate_limit import Pace, RateLimit
 from ostler.errors import HostError
 
 QUEUE_SIZE = 512
@@ -57,8 +58,12 @@ class Block(VirtioDevice):
 
     device_type = DeviceId.BLOCK
 
-    def __init__(self, disk: Disk, *, queue_count: int = 1, worker: Worker | None = None) -> None:
+    def __init__(
+        self, disk: Disk, *, queue_count: int = 1, worker: Worker | None = None, limit: RateLimit | None = None
+    ) -> None:
+        """`limit` is of what is read and written together."""
         super().__init__()
+        self._pace = Pace(limit, self._go_on)
         self._worker = worker or AtOnce()
         self.disk = disk
         self.queue_sizes = (QUEUE_SIZE,) * queue_count
@@ -96,9 +101,9 @@ class Block(VirtioDevice):
         queue = self._queues[index]
         # One kick is worth a full ring: a driver that never stops must not keep the event loop for itself.
         for _ in range(queue.size):
-            chain = queue.pop()
-            if chain is None:
+            if not self._pace.may_pass(index) or (chain := queue.pop()) is None:
                 break
+            self._pace.spend(chain.readable_bytes + chain.writable_bytes)
             self._serve(queue, chain)
         else:
             self.kick_again(index)
@@ -107,6 +112,7 @@ class Block(VirtioDevice):
     def reset(self) -> None:
         # What was begun is finished and answered: afterwards nothing may touch the guest's memory or the disk.
         self._worker.wait()
+        self._pace.reset()
         self._queues = ()
         self._kept = []
         self._negotiated = 0
@@ -170,6 +176,10 @@ class Block(VirtioDevice):
             len(self.queue_sizes), MAX_RANGE_SECTORS, MAX_RANGES, DISCARD_ALIGN_SECTORS,
             MAX_RANGE_SECTORS, MAX_RANGES, 1,
         )  # fmt: skip
+
+    def _go_on(self, index: int) -> None:
+        # The transport has its say only after this device was made.
+        self.kick_again(index)
 
     # -- requests ---------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from ostler.abi.virtio.common import DeviceId
 from ostler.devices.virtio.chain import Chain, QueueError
 from ostler.devices.virtio.device import VirtioDevice, read_field
 from ostler.devices.virtio.queue import Virtqueue
+from ostler.devices.virtio.rate_limit import Pace, RateLimit
 from ostler.errors import HostError
 from ostler.memory import GuestMemory
 
@@ -53,9 +54,12 @@ class ExternalDevice(VirtioDevice):
 
     shares_memory = True
 
-    def __init__(self, server: Server, *, queue_sizes: tuple[int, ...], feature_mask: int) -> None:
-        """`feature_mask` is what of the server's features this device may offer."""
+    def __init__(
+        self, server: Server, *, queue_sizes: tuple[int, ...], feature_mask: int, limit: RateLimit | None = None
+    ) -> None:
+        """`feature_mask` is what of the server's features this device may offer, `limit` of what goes both ways."""
         super().__init__()
+        self._pace = Pace(limit, self._go_on)
         self.queue_sizes = queue_sizes
         self.features = server.features & feature_mask
         self._server = server
@@ -79,7 +83,8 @@ class ExternalDevice(VirtioDevice):
             return
         queue, ring, under_way = self._queues[index], self._server.rings[index], self._under_way[index]
         submitted = False
-        while ring.has_room and (chain := queue.pop()) is not None:
+        while ring.has_room and self._pace.may_pass(index) and (chain := queue.pop()) is not None:
+            self._pace.spend(chain.readable_bytes + chain.writable_bytes)
             written = self._answer(chain)
             if written is not None:
                 queue.push(chain, written)
@@ -93,6 +98,7 @@ class ExternalDevice(VirtioDevice):
     def reset(self) -> None:
         if self._queues:
             self._stop()
+        self._pace.reset()
         self._queues = ()
         for under_way in self._under_way:
             under_way.clear()
@@ -109,6 +115,10 @@ class ExternalDevice(VirtioDevice):
 
     def read_config(self, offset: int, size: int) -> int:
         return read_field(self._server.config, offset, size)
+
+    def _go_on(self, index: int) -> None:
+        # The transport has its say only after this device was made.
+        self.kick_again(index)
 
     def _answer(self, chain: Chain) -> int | None:  # noqa: ARG002
         """Bytes written to a request that is answered here; None for one the server is to see."""
@@ -163,9 +173,12 @@ class ExternalBlock(ExternalDevice):
 
     device_type = DeviceId.BLOCK
 
-    def __init__(self, server: Server, *, serial: str, queue_sizes: tuple[int, ...], feature_mask: int) -> None:
+    def __init__(
+        self, server: Server, *, serial: str, queue_sizes: tuple[int, ...], feature_mask: int,
+        limit: RateLimit | None = None,
+    ) -> None:  # fmt: skip
         """`serial` is told instead of the server's, which is the same for every disk."""
-        super().__init__(server, queue_sizes=queue_sizes, feature_mask=feature_mask)
+        super().__init__(server, queue_sizes=queue_sizes, feature_mask=feature_mask, limit=limit)
         self._serial = serial.encode("ascii", "replace")[: blk.VIRTIO_BLK_ID_BYTES]
 
     def _answer(self, chain: Chain) -> int | None:

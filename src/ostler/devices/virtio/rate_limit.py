@@ -51,3 +51,34 @@ class RateLimit:
         """Nobody waits any more."""
         self._resume = None
         self._timer.disarm()
+
+
+class Pace:
+    """One limit, if any, over all queues of a device: those that had to wait are kicked when more may pass."""
+
+    def __init__(self, limit: RateLimit | None, kick: Callable[[int], None]) -> None:
+        self._limit, self._kick = limit, kick
+        self._waiting: set[int] = set()
+
+    def may_pass(self, queue: int) -> bool:
+        """Whether the queue may go on; if not, it is kicked when it may."""
+        if self._limit is None or self._limit.ready(self._resume):
+            return True
+        self._waiting.add(queue)
+        return False
+
+    def spend(self, size_bytes: int) -> None:
+        """These bytes pass."""
+        if self._limit is not None:
+            self._limit.spend(size_bytes)
+
+    def reset(self) -> None:
+        """Nobody waits any more."""
+        self._waiting.clear()
+        if self._limit is not None:
+            self._limit.reset()
+
+    def _resume(self) -> None:
+        waiting, self._waiting = sorted(self._waiting), set()
+        for queue in waiting:
+            self._kick(queue)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from ostler.abi.virtio import blk as abi
 from ostler.devices.virtio.blk import MAX_RANGE_SECTORS, MAX_RANGES, Block
+from ostler.devices.virtio.rate_limit import RateLimit
 from ostler.errors import HostError, StateError
+from ostler.testing.fakes import FakeClock, FakeTimer
 from ostler.testing.virtio import FakeDriver
 
 SECTORS = 64
@@ -355,3 +357,42 @@ def test_any_request_is_answered_once_or_stops_the_device(
         assert len(disk.data) == disk.size_bytes
         if done:
             assert driver.queues[0].contents(sent)[-1] in (0, 1, 2)
+
+
+def test_limit_leaves_requests_in_the_ring_until_time_has_passed(disk: MemoryDisk) -> None:
+    clock, timer = FakeClock(), FakeTimer()
+    limit = RateLimit(100_000, clock=clock, timer=timer, burst_bytes=1000)
+    device = Block(disk, queue_count=2, limit=limit)
+    with FakeDriver(device) as driver:
+        device.kick_again = driver.kick
+        for index in (0, 1):
+            for sector in range(3):
+                driver.queues[index].add([request(abi.VIRTIO_BLK_T_IN, sector)], [512, 1])
+            driver.kick(index)
+        answered = []
+        while True:
+            answered.append([len(driver.queues[index].collect()) for index in (0, 1)])
+            if timer.deadline_ns is None:
+                break
+            clock.now_ns, timer.deadline_ns = timer.deadline_ns, None
+            limit.expired()
+
+    # Six requests of 529 bytes, 1000 of which pass at once.
+    assert 21_000_000 <= clock.now_ns <= 32_000_000
+    assert answered[0] == [2, 0]
+    assert [sum(each) for each in zip(*answered, strict=True)] == [3, 3]
+
+
+def test_limit_is_forgotten_by_a_reset(disk: MemoryDisk) -> None:
+    timer = FakeTimer()
+    limit = RateLimit(1000, clock=FakeClock(), timer=timer, burst_bytes=1)
+    device = Block(disk, limit=limit)
+    kicked: list[int] = []
+    device.kick_again = kicked.append
+    with FakeDriver(device) as driver:
+        for _ in range(2):
+            driver.queues[0].add([request(abi.VIRTIO_BLK_T_IN)], [512, 1])
+        driver.kick(0)
+        device.reset()
+        limit.expired()
+    assert (timer.deadline_ns, kicked) == (None, [])
