@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use nix::pty::{openpty, Winsize};
-use nix::sys::signal::{SigSet, SigmaskHow};
+use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal};
 use serde::Deserialize;
 
 use crate::message::{reason, Bytes, Refusal, Size};
@@ -122,6 +122,11 @@ fn become_the_command(command: &mut Command, user: Option<User>, is_tty: bool) {
             }
             nix::unistd::setgid(user.gid.into())?;
             nix::unistd::setuid(user.uid.into())?;
+        }
+        // Ignored signals stay so over an exec, and a command is not to be deaf because whoever started the agent was.
+        for signal in Signal::iterator().filter(|each| !matches!(each, Signal::SIGKILL | Signal::SIGSTOP)) {
+            // SAFETY: no handler is installed.
+            unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }?;
         }
         nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
         Ok(())

@@ -33,7 +33,9 @@ def agent_socket() -> Iterator[Path]:
         local = Path(folder) / "ostler-agent"
         local.write_bytes(program.read_bytes())  # a wheel does not keep it executable
         local.chmod(0o755)
-        with subprocess.Popen([local, "--listen", f"unix:{path}"], start_new_session=True) as process:
+        # Deaf to what a terminal sends, as in a job that a shell put into the background: no command may be.
+        deaf = ["env", "--ignore-signal=INT", "--ignore-signal=QUIT"]
+        with subprocess.Popen([*deaf, local, "--listen", f"unix:{path}"], start_new_session=True) as process:
             try:
                 AgentClient.connect_unix(path, timeout_s=20).close()
                 yield path
