@@ -36,8 +36,8 @@ from ostler.migration.witness import Witness
 from ostler.snapshot.schema import decode
 from ostler.vmm.announce import announce_cards
 from ostler.vmm.calls import CallService
-from ostler.vmm.faults import FaultService
 from ostler.vmm.hub import HubConsole
+from ostler.vmm.injection import serve_faults
 from ostler.vmm.late_pages import LatePages
 from ostler.vmm.memory_service import MemoryService
 from ostler.vmm.migrate_out import witness_folder
@@ -180,7 +180,7 @@ class _Arrival:
         streams = min(offer.streams, int(self._options["streams"]), POST_COPY_STREAM)
         pages = self._pages = stack.enter_context(LatePages(process.machine.memory)) if _may_come_late(offer) else None
         stack.enter_context(MemoryService(process, service, may_merge=pages is None))
-        FaultService(process, service)
+        serve_faults(process, service)
         CallService(process, service, entry.name)
         self._link.send(
             self._target.welcome(

@@ -24,7 +24,7 @@ from ostler.control.wire import Message, pack_error
 from ostler.errors import HostError, OstlerError
 from ostler.machine.networks import merged_settings
 from ostler.vmm.calls import CallService
-from ostler.vmm.faults import FaultService
+from ostler.vmm.injection import serve_faults
 from ostler.vmm.memory_service import MemoryService
 from ostler.vmm.prepared import make
 from ostler.vmm.run import GuestProcess, command_line, read_material
@@ -123,7 +123,7 @@ def _run(entry: runtime.Entry, readiness: Readiness, leash: int | None, prepared
         process.report = service.report
         stack.enter_context(SnapshotService(process, service, entry, base=origin.base if origin else None))
         stack.enter_context(MemoryService(process, service))
-        FaultService(process, service)
+        serve_faults(process, service)
         CallService(process, service, entry.name)
         if origin is None:
             _boot(process, spec)

@@ -13,7 +13,7 @@ from ostler.accel.api import ExitReason
 from ostler.control.connection import Connection
 from ostler.errors import BadRequest
 from ostler.testing.fake_script import Halt, Out, Script, Stop
-from ostler.vmm.faults import FaultService
+from ostler.vmm.injection import serve_faults
 from ostler.vmm.run import GuestProcess
 from ostler.vmm.service import GuestService
 from tests.unit.vmm.serving import Served, idle
@@ -27,7 +27,7 @@ class Faults:
     """The service has nothing to end."""
 
     def __init__(self, process: GuestProcess, service: GuestService) -> None:
-        FaultService(process, service)
+        serve_faults(process, service)
 
     def __enter__(self) -> None: ...
 
