@@ -13,10 +13,12 @@ use super::op::Op;
 use super::state::{seg, CodeSize};
 use super::translate::Translation;
 use super::{attention, Cpu, Exit, Stop, R};
+use crate::host::table::Table;
 use crate::mem::{granules, note_store, PAGE_SIZE};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicU64, Ordering::*};
 
 /// Most instructions in a block.
@@ -119,14 +121,46 @@ impl Hasher for KeyHasher {
     }
 }
 
+/// A jump cache that leads nowhere: no context is zero, as no address space number is.
+fn no_jumps() -> Table<Jump> {
+    // SAFETY: it is numbers and a pointer that is not followed before the context is the right one.
+    let jumps = unsafe { Table::new(JUMPS) };
+    jumps.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<[Jump; JUMPS]>()))
+}
+
+/// Operations of blocks, which do not move. Memory of its own: it takes what was put into it, and goes when it does.
+struct Chunk {
+    ops: Table<MaybeUninit<Op>>,
+    used: usize,
+}
+
+impl Chunk {
+    fn new() -> Self {
+        // SAFETY: any bytes will do.
+        let ops = unsafe { Table::new(CHUNK_OPS) };
+        let ops = ops.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<[Op; CHUNK_OPS]>()));
+        Self { ops, used: 0 }
+    }
+
+    /// Puts operations behind those there are; `None` where there is no room.
+    fn put(&mut self, ops: &[Op]) -> Option<*mut Op> {
+        let room = self.ops.get_mut(self.used..self.used + ops.len())?;
+        for (to, &op) in room.iter_mut().zip(ops) {
+            to.write(op);
+        }
+        self.used += ops.len();
+        Some(room.as_mut_ptr().cast())
+    }
+}
+
 /// All blocks of a vCPU.
 pub struct Blocks {
-    chunks: Vec<Vec<Op>>,
+    chunks: Vec<Chunk>,
     map: HashMap<u64, Box<Block>, BuildHasherDefault<KeyHasher>>,
     /// Blocks replaced while still linked to; kept until the cache is dropped.
     #[allow(clippy::vec_box, reason = "links point to the blocks: they must not move")]
     retired: Vec<Box<Block>>,
-    jumps: Box<[Jump]>,
+    jumps: Table<Jump>,
     /// The block in execution, so that a store into it can cut it short.
     pub(crate) current: *mut Block,
     pub(crate) thunks: Thunks,
@@ -143,7 +177,7 @@ impl Default for Blocks {
             chunks: Vec::new(),
             map: HashMap::default(),
             retired: Vec::new(),
-            jumps: vec![Jump { linear: 0, context: u64::MAX, block: std::ptr::null_mut() }; JUMPS].into_boxed_slice(),
+            jumps: no_jumps(),
             current: std::ptr::null_mut(),
             thunks: Thunks::default(),
             max_chunks: MAX_CHUNKS,
@@ -160,7 +194,7 @@ impl Blocks {
         self.map.clear();
         self.retired.clear();
         self.thunks.clear();
-        self.jumps.fill(Jump { linear: 0, context: u64::MAX, block: std::ptr::null_mut() });
+        self.jumps.reset();
         self.current = std::ptr::null_mut();
         self.clears += 1;
     }
@@ -187,16 +221,13 @@ impl Blocks {
 
     /// Moves operations into the arena.
     fn store(&mut self, ops: &[Op]) -> *mut Op {
-        let room = self.chunks.last().is_some_and(|chunk| chunk.capacity() - chunk.len() >= ops.len());
-        if !room {
-            self.chunks.push(Vec::with_capacity(CHUNK_OPS));
+        if let Some(at) = self.chunks.last_mut().and_then(|chunk| chunk.put(ops)) {
+            return at;
         }
-        let index = self.chunks.len() - 1;
-        let chunk = &mut self.chunks[index];
-        let at = chunk.len();
-        chunk.extend_from_slice(ops);
-        // The chunk never grows beyond its capacity, so the pointer stays good.
-        chunk[at..].as_mut_ptr()
+        let mut chunk = Chunk::new();
+        let Some(at) = chunk.put(ops) else { unreachable!("a block is far shorter than a chunk") };
+        self.chunks.push(chunk);
+        at
     }
 }
 

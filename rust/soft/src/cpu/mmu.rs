@@ -19,6 +19,7 @@
 use super::state::{cr0, cr4, rflags};
 use super::walk::Page;
 use super::{attention, Cpu};
+use crate::host::table::Table;
 use crate::mem::Slot;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -26,8 +27,11 @@ use std::sync::atomic::Ordering::Relaxed;
 pub const ENTRIES: usize = 4096;
 /// With those they displaced: those of slot `n` are entries `n` and `n + ENTRIES`.
 const ALL: usize = 2 * ENTRIES;
-/// A tag that matches no access (0xfff is never an address space number).
+/// Stands for no page (0xfff is never an address space number).
 pub const INVALID: u64 = u64::MAX;
+/// A tag that matches no access: address space numbers begin at 1. Zero, so that arrays take only the memory of what
+/// was put into them.
+const NONE: u64 = 0;
 
 /// The address space number of supervisor accesses under SMAP.
 const KERNEL_ASID: u64 = 0xffe;
@@ -45,7 +49,7 @@ pub struct Entry {
     pub(crate) addend: usize,
 }
 
-const EMPTY: Entry = Entry { r: INVALID, w: INVALID, x: INVALID, addend: 0 };
+const EMPTY: Entry = Entry { r: NONE, w: NONE, x: NONE, addend: 0 };
 
 /// The array that stays empty.
 const NEVER: usize = 3;
@@ -62,14 +66,23 @@ pub enum Mode {
     Super,
 }
 
+/// The three arrays, and the one that stays empty.
+fn arrays() -> Table<[Entry; ALL]> {
+    // SAFETY: entries are integers.
+    let arrays = unsafe { Table::new(NEVER + 1) };
+    arrays.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<[[Entry; ALL]; NEVER + 1]>()))
+}
+
 /// The three arrays and the address space numbers.
 pub struct Tlb {
-    arrays: Box<[[Entry; ALL]; 4]>,
+    arrays: Table<[Entry; ALL]>,
     pub(crate) mode: Mode,
     /// The pages that the jump caches may lead to.
     pub(crate) code: Filter,
     /// The 2 MiB regions of which a large page has been cached: INVLPG forgets all fragments of one.
     large: Filter,
+    /// The host pages that a write tag has led to: of others none need be looked for.
+    written: Filter,
     /// Slots of the SMAP array that may hold pages which are not global; more than [`LOCALS`]: any may.
     locals: Vec<u16>,
     /// There was code on such pages.
@@ -88,10 +101,11 @@ pub struct Tlb {
 impl Default for Tlb {
     fn default() -> Self {
         Self {
-            arrays: vec![[EMPTY; ALL]; 4].into_boxed_slice().try_into().ok().unwrap_or_else(|| unreachable!()),
+            arrays: arrays(),
             mode: Mode::Super,
             code: Filter::default(),
             large: Filter::default(),
+            written: Filter::default(),
             locals: Vec::with_capacity(LOCALS + 1),
             local_code: false,
             shared_kernel: true,
@@ -110,10 +124,9 @@ impl Tlb {
     }
 
     fn clear(&mut self) {
-        for array in self.arrays.iter_mut() {
-            array.fill(EMPTY);
-        }
+        self.arrays.reset();
         self.large.clear();
+        self.written.clear();
         self.locals.clear();
         self.shared_kernel = true;
     }
@@ -129,16 +142,17 @@ impl Tlb {
             self.locals
                 .iter()
                 .flat_map(|&slot| [slot as usize, slot as usize + ENTRIES])
-                .fold(false, |any, at| any | (std::mem::replace(&mut array[at], EMPTY).w != INVALID))
+                .fold(false, |any, at| any | (std::mem::replace(&mut array[at], EMPTY).w != NONE))
         };
         self.locals.clear();
         any
     }
 
     fn drop_writes(&mut self) {
-        for entry in self.arrays.iter_mut().flatten() {
-            entry.w = INVALID;
+        for entry in self.arrays.iter_mut().flatten().filter(|entry| entry.w != NONE) {
+            entry.w = NONE;
         }
+        self.written.clear();
     }
 }
 
@@ -288,9 +302,13 @@ impl Cpu {
         if any {
             self.native.stack_page = INVALID;
         }
+        // A guest that has just begun finds code on a thousand pages, and never wrote to most of them.
+        if !self.tlb.written.has(host_page as u64 >> 12) {
+            return any;
+        }
         for entry in self.tlb.arrays.iter_mut().flatten() {
-            if entry.w != INVALID && ((entry.w & !0xfff) as usize).wrapping_add(entry.addend) == host_page {
-                entry.w = INVALID;
+            if entry.w != NONE && ((entry.w & !0xfff) as usize).wrapping_add(entry.addend) == host_page {
+                entry.w = NONE;
                 any = true;
             }
         }
@@ -357,7 +375,7 @@ impl Cpu {
             let (front, behind) = array.split_at_mut(ENTRIES);
             let slots = index(first)..index(first) + pages;
             for entry in front[slots.clone()].iter_mut().chain(&mut behind[slots]) {
-                let of = |tag: u64| tag != INVALID && tag & mask == first;
+                let of = |tag: u64| tag != NONE && tag & mask == first;
                 if of(entry.r) || of(entry.w) || of(entry.x) {
                     *entry = EMPTY;
                 }
@@ -372,7 +390,7 @@ impl Cpu {
     pub(crate) fn install(&mut self, linear: u64, host_page: *mut u8, page: Page) {
         let start = linear & !0xfff;
         let tag = start | self.asid;
-        let pick = |yes: bool| if yes { tag } else { INVALID };
+        let pick = |yes: bool| if yes { tag } else { NONE };
         self.displace(linear, tag);
         if page.large {
             self.tlb.large.note(linear >> 21);
@@ -382,6 +400,9 @@ impl Cpu {
             if self.tlb.locals.len() <= LOCALS {
                 self.tlb.locals.push(index(linear) as u16);
             }
+        }
+        if page.writable {
+            self.tlb.written.note(host_page as u64 >> 12);
         }
         *self.entry(linear) = Entry {
             r: pick(page.readable),
@@ -400,13 +421,13 @@ impl Cpu {
         };
         let old = *front;
         let same = |entry: &Entry| [entry.r, entry.w, entry.x].contains(&tag);
-        let void = [old.r, old.w, old.x] == [INVALID; 3];
+        let void = [old.r, old.w, old.x] == [NONE; 3];
         // What was known of this page goes, wherever it is.
         let mut lost = old;
         if same(behind) || !void && !same(&old) {
             lost = std::mem::replace(behind, if same(&old) { EMPTY } else { old });
         }
-        if lost.w != INVALID {
+        if lost.w != NONE {
             self.note_lost_write();
         }
     }
@@ -420,5 +441,45 @@ impl Cpu {
     #[inline]
     pub fn paging(&self) -> bool {
         self.cr0 & cr0::PG != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::state::seg;
+    use crate::cpu::testing::Bench;
+
+    const WRITTEN: u64 = 0x2_0000;
+    const READ: u64 = 0x3_0000;
+
+    fn host(bench: &Bench, gpa: u64) -> usize {
+        bench.cpu.slots.host(gpa).map_or(0, |host| host as usize)
+    }
+
+    #[test]
+    fn test_flush_writes_of_a_page_finds_it_after_every_store() {
+        let mut bench = Bench::new(1 << 20).long_mode(0x1_0000, false);
+        let (written, read) = (host(&bench, WRITTEN), host(&bench, READ));
+        bench.cpu.rd::<u64>(READ, seg::DS).unwrap();
+        for _ in 0..3 {
+            bench.cpu.wr(WRITTEN, 1u64, seg::DS).unwrap();
+            assert!(!bench.cpu.flush_writes_of(read));
+            assert!(bench.cpu.flush_writes_of(written));
+            assert!(!bench.cpu.flush_writes_of(written));
+        }
+    }
+
+    #[test]
+    fn test_flush_writes_of_a_page_finds_it_after_all_were_forgotten() {
+        let forget: [fn(&mut crate::cpu::Cpu); 2] = [|cpu| cpu.flush_all(), |cpu| cpu.flush_writes()];
+        for forget in forget {
+            let mut bench = Bench::new(1 << 20).long_mode(0x1_0000, false);
+            let written = host(&bench, WRITTEN);
+            bench.cpu.wr(WRITTEN, 1u64, seg::DS).unwrap();
+            forget(&mut bench.cpu);
+            assert!(!bench.cpu.flush_writes_of(written));
+            bench.cpu.wr(WRITTEN, 1u64, seg::DS).unwrap();
+            assert!(bench.cpu.flush_writes_of(written));
+        }
     }
 }

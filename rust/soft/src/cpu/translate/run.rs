@@ -92,6 +92,7 @@ impl Cpu {
 
     /// Gives back what is kept to be fast, and keeps little until [`Self::stir`]. For when the vCPU is not in the guest.
     pub(crate) fn rest(&mut self) {
+        self.flush_all();
         self.blocks.release();
         let clears = self.blocks.clears;
         if let Some(translator) = &mut self.translator {
