@@ -66,16 +66,19 @@ pub enum Mode {
     Super,
 }
 
-/// The three arrays, and the one that stays empty.
+/// The three arrays, and the one that stays empty, where translated code of processes finds theirs by a displacement if
+/// the host has room there.
 fn arrays() -> Table<[Entry; ALL]> {
     // SAFETY: entries are integers.
-    let arrays = unsafe { Table::new(NEVER + 1) };
+    let arrays = unsafe { Table::low(NEVER + 1).or_else(|| Table::new(NEVER + 1)) };
     arrays.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<[[Entry; ALL]; NEVER + 1]>()))
 }
 
 /// The three arrays and the address space numbers.
 pub struct Tlb {
     arrays: Table<[Entry; ALL]>,
+    /// Nothing is in the array of processes.
+    user_empty: bool,
     pub(crate) mode: Mode,
     /// The pages that the jump caches may lead to.
     pub(crate) code: Filter,
@@ -102,6 +105,7 @@ impl Default for Tlb {
     fn default() -> Self {
         Self {
             arrays: arrays(),
+            user_empty: true,
             mode: Mode::Super,
             code: Filter::default(),
             large: Filter::default(),
@@ -121,6 +125,12 @@ impl Tlb {
     /// The first entry of a mode's array.
     pub(crate) fn array(&mut self, mode: usize) -> *mut Entry {
         self.arrays[mode].as_mut_ptr()
+    }
+
+    /// The address of the array of processes, where all of it is within a displacement's reach.
+    pub(crate) fn low_user_array(&self) -> Option<i32> {
+        let array = &self.arrays[Mode::User as usize];
+        i32::try_from(array.as_ptr_range().end as usize).ok().map(|end| end - size_of_val(array) as i32)
     }
 
     fn clear(&mut self) {
@@ -229,6 +239,11 @@ impl Cpu {
     pub(crate) fn use_mode(&mut self, mode: Mode) {
         self.tlb.mode = mode;
         let array = if self.uncached() { NEVER } else { mode as usize };
+        if array == NEVER && !std::mem::replace(&mut self.tlb.user_empty, true) {
+            // Translated code of processes looks there whatever `tlb_now` says.
+            self.note_lost_write();
+            self.tlb.arrays[Mode::User as usize].fill(EMPTY);
+        }
         self.tlb_now = self.tlb.array(array);
         let shared = mode == Mode::Smap && self.tlb.shared_kernel;
         self.asid = if shared { KERNEL_ASID } else { self.tlb.user_asid };
@@ -391,6 +406,7 @@ impl Cpu {
         let start = linear & !0xfff;
         let tag = start | self.asid;
         let pick = |yes: bool| if yes { tag } else { NONE };
+        self.tlb.user_empty &= self.tlb.mode != Mode::User;
         self.displace(linear, tag);
         if page.large {
             self.tlb.large.note(linear >> 21);

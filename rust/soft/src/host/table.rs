@@ -19,7 +19,21 @@ impl<T: Copy> Table<T> {
     /// # Safety
     /// Zeroes are a valid `T`.
     pub unsafe fn new(count: usize) -> Option<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: the caller's promise.
+        unsafe { Self::map(count, 0) }
+    }
+
+    /// The same, below 2 GiB, where code finds it by a displacement alone.
+    ///
+    /// # Safety
+    /// Zeroes are a valid `T`.
+    pub unsafe fn low(count: usize) -> Option<Self> {
+        // SAFETY: the caller's promise.
+        unsafe { Self::map(count, libc::MAP_32BIT) }
+    }
+
+    unsafe fn map(count: usize, where_to: i32) -> Option<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | where_to;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address the kernel chooses replaces nothing.
         let start = unsafe { libc::mmap(ptr::null_mut(), count * size_of::<T>(), protection, flags, -1, 0) };

@@ -13,6 +13,18 @@ pub enum Rm {
     Reg(u8),
     /// `[base + displacement]`.
     Mem(u8, i32),
+    /// `[base + index]`.
+    Sum(u8, u8),
+}
+
+impl Rm {
+    /// What ModRM.rm names, and the index with it: REX.B and REX.X extend these.
+    fn base_and_index(self) -> (u8, u8) {
+        match self {
+            Rm::Reg(reg) | Rm::Mem(reg, _) => (reg, 0),
+            Rm::Sum(base, index) => (base, index),
+        }
+    }
 }
 
 /// A field of the `Cpu`.
@@ -95,8 +107,8 @@ impl Asm {
     /// 4-7 need a REX prefix to be SPL, BPL, SIL and DIL.
     pub fn modrm(&mut self, prefixes: &[u8], wide: bool, byte: bool, opcode: &[u8], reg: u8, rm: Rm) {
         self.bytes(prefixes);
-        let (Rm::Reg(low) | Rm::Mem(low, _)) = rm;
-        let rex = 0x40 | (wide as u8) << 3 | (reg >> 3) << 2 | low >> 3;
+        let (low, index) = rm.base_and_index();
+        let rex = 0x40 | (wide as u8) << 3 | (reg >> 3) << 2 | (index >> 3) << 1 | low >> 3;
         let needed = byte && (matches!(reg, 4..=7) || matches!(rm, Rm::Reg(4..=7)));
         if rex != 0x40 || needed {
             self.code.push(rex);
@@ -107,10 +119,12 @@ impl Asm {
 
     /// ModRM and what follows it.
     fn operands(&mut self, reg: u8, rm: Rm) {
-        let (Rm::Reg(low) | Rm::Mem(low, _)) = rm;
+        let (low, _) = rm.base_and_index();
         let field = (reg & 7) << 3 | low & 7;
         match rm {
             Rm::Reg(_) => self.code.push(0xc0 | field),
+            // With a displacement of a byte, which some bases must have.
+            Rm::Sum(base, index) => self.bytes(&[0x44 | (reg & 7) << 3, (index & 7) << 3 | base & 7, 0]),
             Rm::Mem(_, displacement) => {
                 // RBP and R13 have no form without a displacement, RSP and R12 none without SIB.
                 let size = match displacement {
@@ -133,13 +147,14 @@ impl Asm {
 
     /// An instruction with VEX and ModRM: `reg`, `vvvv` (15 where there is none, or register 0) and `rm`.
     pub fn vex(&mut self, vex: &Vex, reg: u8, vvvv: u8, rm: Rm) {
-        let (Rm::Reg(low) | Rm::Mem(low, _)) = rm;
+        let (low, index) = rm.base_and_index();
         let last = (vvvv ^ 15) << 3 | (vex.long as u8) << 2 | vex.prefix;
         let r = (reg & 8 ^ 8) << 4;
-        if vex.map == 1 && !vex.wide && low < 8 {
+        if vex.map == 1 && !vex.wide && low < 8 && index < 8 {
             self.bytes(&[0xc5, r | last]);
         } else {
-            self.bytes(&[0xc4, r | 0x40 | (low & 8 ^ 8) << 2 | vex.map, (vex.wide as u8) << 7 | last]);
+            let (x, b) = ((index & 8 ^ 8) << 3, (low & 8 ^ 8) << 2);
+            self.bytes(&[0xc4, r | x | b | vex.map, (vex.wide as u8) << 7 | last]);
         }
         self.code.push(vex.opcode);
         self.operands(reg, rm);
@@ -260,6 +275,12 @@ impl Asm {
     /// `shl` (4), `shr` (5) or `sar` (7) `reg, count`.
     pub fn shift(&mut self, wide: bool, operation: u8, reg: u8, count: u8) {
         self.modrm(&[], wide, false, &[0xc1], operation, Rm::Reg(reg));
+        self.code.push(count);
+    }
+
+    /// `rorx reg32, rm, count`: leaves the flags alone. For hosts with BMI2.
+    pub fn rotate(&mut self, reg: u8, rm: Rm, count: u8) {
+        self.vex(&Vex { map: 3, prefix: 3, long: false, wide: false, opcode: 0xf0 }, reg, 0, rm);
         self.code.push(count);
     }
 

@@ -34,6 +34,12 @@ pub(super) fn takes_r11(step: &Step) -> bool {
     })
 }
 
+/// Whether no register operand of an instruction that is copied needs RCX.
+fn leaves_rcx(step: &Step) -> bool {
+    let Parts { vvvv, count_in_cl, .. } = parts(&step.plan);
+    !count_in_cl && vvvv.is_none_or(|operand| operand.gpr().is_none())
+}
+
 impl Emitter<'_> {
     pub(super) fn copy_instruction(&mut self, step: &Step) {
         self.copy_with(step, alignment(step));
@@ -51,7 +57,7 @@ impl Emitter<'_> {
     pub(super) fn copy_with(&mut self, step: &Step, align: usize) {
         let memory = step.plan.memory.map(|index| {
             let written = step.plan.operands[index].is_some_and(|o| o.written);
-            self.access(step, step.ins.memory_size().size(), written, align)
+            self.access_by(step, step.ins.memory_size().size(), written, align, leaves_rcx(step))
         });
         if step.plan.needs_flags {
             self.flags_to_host();
@@ -70,8 +76,8 @@ impl Emitter<'_> {
         self.asm.call_to(self.stubs.open[door]);
         self.asm.skip_if_ecx_zero(5);
         self.asm.jump(from);
-        let save = self.flags == Flags::Host;
-        self.misses.push(Miss { from, back: false, resume: None, index: self.index, save, load: false });
+        let (save, again) = (self.flags == Flags::Host, self.again_only());
+        self.misses.push(Miss { from, back: false, resume: None, index: self.index, save, again, load: false });
         self.opened |= open::DOORS[door];
     }
 

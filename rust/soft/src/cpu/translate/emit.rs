@@ -50,6 +50,8 @@ pub struct Source<'a> {
     pub second: Option<(*const AtomicU64, u32)>,
     /// See `Translator::counted`.
     pub counted: bool,
+    /// Address of the TLB's array that it looks at, if that is one only.
+    pub array: Option<i32>,
     /// Counted down each time; below zero it is time to translate the block anew.
     pub heat: Option<*mut i32>,
 }
@@ -82,6 +84,8 @@ pub(super) enum Flags {
     Memory,
     /// In both.
     Both,
+    /// In neither: they are computed anew from registers, as this step did. See `again.rs`.
+    Again(usize),
 }
 
 /// How control goes on behind an instruction within a piece.
@@ -113,6 +117,8 @@ pub(super) struct Emitter<'a> {
     pub stubs: &'a Stubs,
     pub sites: &'a mut Sites,
     pub flags: Flags,
+    /// The step that set the flags, if they can be had again.
+    pub again: Option<usize>,
     /// Index of the instruction in work.
     pub index: usize,
     /// How far the vector registers are known to be open.
@@ -184,6 +190,7 @@ pub fn translate(
         stubs,
         sites,
         flags: Flags::Memory,
+        again: None,
         index: 0,
         opened: 0,
         steps: &steps,
@@ -263,6 +270,7 @@ impl Emitter<'_> {
         let (label, misses) = (self.asm.label(), self.misses.len());
         self.step(step);
         self.keep_known(step);
+        self.keep_again(step);
         self.asm.place(label);
         self.settle_misses(misses, label);
         After { label, flags: self.flags }
@@ -323,6 +331,10 @@ impl Emitter<'_> {
 
     /// RFLAGS is about to be destroyed.
     pub(super) fn flags_to_memory(&mut self) {
+        if let Flags::Again(of) = self.flags {
+            self.compute_again(of);
+            self.flags = Flags::Host;
+        }
         if self.flags == Flags::Host {
             self.asm.save_flags(field::FLAGS);
         }
@@ -330,9 +342,16 @@ impl Emitter<'_> {
     }
 
     pub(super) fn flags_to_host(&mut self) {
-        if self.flags == Flags::Memory {
-            self.asm.load_flags(field::FLAGS);
-            self.flags = Flags::Both;
+        match self.flags {
+            Flags::Memory => {
+                self.asm.load_flags(field::FLAGS);
+                self.flags = Flags::Both;
+            }
+            Flags::Again(of) => {
+                self.compute_again(of);
+                self.flags = Flags::Host;
+            }
+            Flags::Host | Flags::Both => {}
         }
     }
 }

@@ -15,6 +15,8 @@ pub(super) struct Miss {
     pub index: usize,
     /// The flags are in RFLAGS when control comes here.
     pub save: bool,
+    /// They are to be had again from this step.
+    pub again: Option<usize>,
     /// They must be there at `resume`.
     pub load: bool,
 }
@@ -43,13 +45,29 @@ impl Emitter<'_> {
         }
         let label = self.asm.label();
         self.miss = Some(label);
-        self.misses.push(Miss { from: label, back: true, resume: None, index: self.index, save: false, load: false });
+        self.misses.push(Miss {
+            from: label,
+            back: true,
+            resume: None,
+            index: self.index,
+            save: false,
+            again: self.again_only(),
+            load: false,
+        });
         label
+    }
+
+    /// The step from which the flags must be had again, if they are nowhere.
+    pub(super) fn again_only(&self) -> Option<usize> {
+        match self.flags {
+            Flags::Again(of) => Some(of),
+            _ => None,
+        }
     }
 
     /// The instruction is complete: its misses, those from number `first` on, come back here.
     pub(super) fn settle_misses(&mut self, first: usize, here: Label) {
-        let load = self.flags != Flags::Memory;
+        let load = matches!(self.flags, Flags::Host | Flags::Both);
         for miss in &mut self.misses[first..] {
             if miss.back {
                 (miss.resume, miss.load) = (Some(here), load);
@@ -80,7 +98,10 @@ impl Emitter<'_> {
         self.hot_out_of_line();
         for miss in std::mem::take(&mut self.misses) {
             self.asm.place(miss.from);
-            if miss.save {
+            if let Some(of) = miss.again {
+                self.compute_again(of);
+            }
+            if miss.save || miss.again.is_some() {
                 self.asm.save_flags(field::FLAGS);
             }
             let stub = match (miss.resume, miss.load) {
@@ -174,6 +195,9 @@ impl Emitter<'_> {
 
     /// On to a page offset; the instructions are counted already.
     pub(super) fn go(&mut self, target: i64) {
+        if self.again_only().is_some() {
+            self.flags_to_host();
+        }
         let Some((exit, cold)) = self.new_link(target) else {
             return self.go_far(target);
         };

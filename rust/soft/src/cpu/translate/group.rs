@@ -54,6 +54,9 @@ pub(super) struct Group {
     pub last: usize,
     /// What was open before the first.
     pub opened: u8,
+    /// Where the flags were, and which step they could be had again from.
+    pub flags: Flags,
+    pub again: Option<usize>,
 }
 
 /// The state behind an instruction.
@@ -196,7 +199,8 @@ impl Emitter<'_> {
         } else {
             self.look_up(from, span, reach.write);
         }
-        self.groups.push(Group { from, first: self.index, last: self.index, opened: self.opened });
+        let (opened, flags, again) = (self.opened, self.flags, self.again);
+        self.groups.push(Group { from, first: self.index, last: self.index, opened, flags, again });
         let group = Some((self.groups.len() - 1, span as i32));
         self.known = Some(Known { place: lowest, write: reach.write || place.base == RSP_BASE, group });
         Rm::Mem(R11, place.displacement - reach.from)
@@ -221,7 +225,7 @@ impl Emitter<'_> {
         self.cold = true;
         for group in std::mem::take(&mut self.groups) {
             self.asm.place(group.from);
-            (self.flags, self.opened, self.known) = (Flags::Memory, group.opened, None);
+            (self.flags, self.again, self.opened, self.known) = (group.flags, group.again, group.opened, None);
             for index in group.first..=group.last {
                 self.one(index);
             }
@@ -231,23 +235,6 @@ impl Emitter<'_> {
             let After { label, flags } = self.after[group.last];
             self.flags_as(flags);
             self.asm.jump(label);
-        }
-    }
-
-    /// Puts the flags where they are at the place that is jumped to.
-    fn flags_as(&mut self, flags: Flags) {
-        if flags != Flags::Host {
-            self.flags_to_both_or_memory();
-        }
-        if flags != Flags::Memory {
-            self.flags_to_host();
-        }
-    }
-
-    fn flags_to_both_or_memory(&mut self) {
-        if self.flags == Flags::Host {
-            self.asm.save_flags(field::FLAGS);
-            self.flags = Flags::Both;
         }
     }
 }

@@ -144,7 +144,7 @@ impl Builder {
     pub(super) fn stack(&mut self) -> usize {
         let start = self.align();
         let no = self.asm.label();
-        super::memory::find_entry(&mut self.asm);
+        super::memory::find_entry(&mut self.asm, None);
         self.asm.load(RAX, Rm::Reg(R11));
         self.asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096);
         self.asm.alu(true, group::OR, RAX, cell(field::ASID));

@@ -9,6 +9,10 @@
 //! r11 += [rcx].addend                             ; the host address
 //! ```
 //!
+//! A load waits for all but the comparison, so this is as short as can be: code of processes has the address of
+//! their array, which is below 2 GiB, as displacements from RCX; and where RCX is free, it becomes the addend, and
+//! the operand is `[r11 + rcx]`.
+//!
 //! Accesses by RSP are shorter, as they nearly always meet the page that the last one met:
 //!
 //! ```text
@@ -37,17 +41,31 @@ pub(super) const ADDEND: i32 = offset_of!(Entry, addend) as i32;
 /// From an entry to the one it displaced.
 pub(super) const BEHIND: i32 = (ENTRIES << ENTRY_SHIFT) as i32;
 
-/// RCX = the TLB entry of linear address R11.
-pub(super) fn find_entry(asm: &mut Asm) {
-    asm.load32(RCX, Rm::Reg(R11));
-    asm.shift(false, 5, RCX, 12 - ENTRY_SHIFT);
+/// RCX = the TLB entry of linear address R11; with the array's address, its offset there. Gives the displacement to
+/// address its fields by.
+pub(super) fn find_entry(asm: &mut Asm, array: Option<i32>) -> i32 {
+    if std::is_x86_feature_detected!("bmi2") {
+        asm.rotate(RCX, Rm::Reg(R11), 12 - ENTRY_SHIFT);
+    } else {
+        asm.load32(RCX, Rm::Reg(R11));
+        asm.shift(false, 5, RCX, 12 - ENTRY_SHIFT);
+    }
     asm.alu_imm(false, group::AND, Rm::Reg(RCX), ((ENTRIES - 1) << ENTRY_SHIFT) as i32);
-    asm.alu(true, group::ADD, RCX, cell(field::TLB));
+    if array.is_none() {
+        asm.alu(true, group::ADD, RCX, cell(field::TLB));
+    }
+    array.unwrap_or(0)
 }
 
 /// R11 becomes a host address, by the TLB.
 pub(super) fn look_up(asm: &mut Asm, miss: Label, size: usize, write: bool) {
-    find_entry(asm);
+    let at = check_entry(asm, None, miss, size, write);
+    asm.alu(true, group::ADD, R11, Rm::Mem(RCX, at + ADDEND));
+}
+
+/// As [`find_entry`], and jumps to `miss` where that entry does not allow the access.
+fn check_entry(asm: &mut Asm, array: Option<i32>, miss: Label, size: usize, write: bool) -> i32 {
+    let at = find_entry(asm, array);
     match size {
         1 => asm.load(RAX, Rm::Reg(R11)),
         _ => asm.lea(true, RAX, Some(R11), None, size as i32 - 1),
@@ -55,9 +73,9 @@ pub(super) fn look_up(asm: &mut Asm, miss: Label, size: usize, write: bool) {
     asm.alu_imm(true, group::AND, Rm::Reg(RAX), -4096);
     asm.alu(true, group::OR, RAX, cell(field::ASID));
     let tag = if write { WRITE_TAG } else { READ_TAG };
-    asm.alu(true, group::CMP, RAX, Rm::Mem(RCX, tag));
+    asm.alu(true, group::CMP, RAX, Rm::Mem(RCX, at + tag));
     asm.jump_if(cc::NE, miss);
-    asm.alu(true, group::ADD, R11, Rm::Mem(RCX, ADDEND));
+    at
 }
 
 /// A look-up that did not meet its page at first.
@@ -66,6 +84,8 @@ pub(super) struct Second {
     back: Label,
     miss: Label,
     write: bool,
+    /// RCX is to be the addend.
+    summed: bool,
 }
 
 /// RSP's and RBP's numbers.
@@ -84,14 +104,20 @@ pub(super) struct StackMiss {
 
 impl Emitter<'_> {
     /// The memory operand, by its host address in R11. An `align` above 1 is demanded, else the access
-    /// may lie anywhere in its page. The flags are where they were, or in the `Cpu`.
+    /// may lie anywhere in its page. The flags are where they were, in the `Cpu`, or
+    /// to be had again.
     pub(super) fn access(&mut self, step: &Step, size: usize, write: bool, align: usize) -> Rm {
+        self.access_by(step, size, write, align, false)
+    }
+
+    /// The same; where RCX is `free`, the operand may be the sum of it and R11.
+    pub(super) fn access_by(&mut self, step: &Step, size: usize, write: bool, align: usize, free: bool) -> Rm {
         let place = self.place_at(step);
         if let Some(place) = place.filter(|_| align == 1) {
             if let Some(operand) = self.covered(place, size, write) {
                 return operand;
             }
-            self.flags_to_memory();
+            self.flags_may_go();
             if let Some(reach) = self.reach(place, size as i32, write) {
                 return self.begin_group(place, reach);
             }
@@ -99,7 +125,7 @@ impl Emitter<'_> {
                 return Rm::Mem(R11, 0);
             }
         }
-        self.flags_to_memory();
+        self.flags_may_go();
         self.effective(step, R11, false);
         let segment = step.op.seg();
         if segment == seg::FS || segment == seg::GS {
@@ -116,24 +142,46 @@ impl Emitter<'_> {
             self.asm.test_byte(R11, align as u8 - 1);
             self.asm.jump_if(cc::NE, miss);
         }
+        if free && !write {
+            self.look_up_by(miss, size, write, true);
+            self.known = None;
+            return Rm::Sum(R11, RCX);
+        }
         self.look_up(miss, size, write);
         self.known = place.map(|place| Known { place, write, group: None });
         Rm::Mem(R11, 0)
     }
 
-    /// R11 becomes a host address, by the TLB: see [`look_up`].
+    /// R11 becomes a host address, by the TLB.
     pub(super) fn look_up(&mut self, miss: Label, size: usize, write: bool) {
+        self.look_up_by(miss, size, write, false);
+    }
+
+    /// R11, or the sum of it and RCX, becomes a host address.
+    fn look_up_by(&mut self, miss: Label, size: usize, write: bool, summed: bool) {
         let (from, back) = (self.asm.label(), self.asm.label());
-        look_up(&mut self.asm, from, size, write);
+        let addend = ADDEND + check_entry(&mut self.asm, self.source.array, from, size, write);
+        if summed {
+            self.asm.load(RCX, Rm::Mem(RCX, addend));
+        } else {
+            self.asm.alu(true, group::ADD, R11, Rm::Mem(RCX, addend));
+        }
         self.asm.place(back);
-        self.seconds.push(Second { from, back, miss, write });
+        self.seconds.push(Second { from, back, miss, write, summed });
     }
 
     /// Where look-ups see whether their page was displaced.
     pub(super) fn seconds_out_of_line(&mut self) {
-        for Second { from, back, miss, write } in std::mem::take(&mut self.seconds) {
+        for Second { from, back, miss, write, summed } in std::mem::take(&mut self.seconds) {
             self.asm.place(from);
+            if let Some(array) = self.source.array {
+                self.asm.lea(true, RCX, Some(RCX), None, array);
+            }
             self.asm.call_to(self.stubs.second[write as usize]);
+            if summed {
+                // R11 is all of it.
+                self.asm.load_imm(RCX, 0);
+            }
             self.asm.jump_if(cc::E, back);
             self.asm.jump(miss);
         }
@@ -174,14 +222,14 @@ impl Emitter<'_> {
         self.asm.alu(true, group::ADD, R11, cell(field::STACK_ADDEND));
     }
 
-    /// The quadword at `[base + displacement]`, where the guest's stack is. The flags are where they were, or in
-    /// the `Cpu`.
+    /// The quadword at `[base + displacement]`, where the guest's stack is. The flags are where they were, in
+    /// the `Cpu`, or to be had again.
     pub(super) fn check(&mut self, guest: usize, displacement: i32, write: bool) -> Rm {
         let place = Place { base: guest, displacement };
         if let Some(operand) = self.covered(place, 8, write) {
             return operand;
         }
-        self.flags_to_memory();
+        self.flags_may_go();
         if let Some(reach) = self.reach(place, 8, write) {
             return self.begin_group(place, reach);
         }

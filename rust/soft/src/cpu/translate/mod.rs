@@ -9,11 +9,12 @@
 //! |---|---|---|
 //! | decode | `shape.rs` | an encoding taken apart |
 //! | analyse | `classes.rs`, `vector.rs` | what is done with an instruction, what it does to the flags |
-//! | emit | `emit.rs`; `copies.rs`, `moves.rs`, `memory.rs`, `near.rs`, `group.rs`, `branch.rs`, `trace.rs`, `system.rs`, `exits.rs` | host code, by `asm.rs` |
+//! | emit | `emit.rs`; `copies.rs`, `moves.rs`, `memory.rs`, `near.rs`, `group.rs`, `again.rs`, `branch.rs`, `trace.rs`, `system.rs`, `exits.rs` | host code, by `asm.rs` |
 //! | link | `link.rs`, `run.rs` | pieces joined together, and the loop around them |
 //!
 //! `layout.rs` says where registers and fields are, `stubs.rs`, `lookups.rs` and `doors.rs` hold the fixed pieces of code.
 
+mod again;
 pub mod asm;
 mod branch;
 mod classes;
@@ -270,13 +271,13 @@ impl Translator {
     }
 
     /// Translates a block. `false`: there is no room, or it cannot be.
-    fn translate(&mut self, block: &mut Block, bytes: &[u8]) -> bool {
+    fn translate(&mut self, block: &mut Block, bytes: &[u8], array: Option<i32>) -> bool {
         let second = block.second.map(|(_, word, generation)| (word, generation));
         block.heat = self.warm;
         let heat = second.is_none().then_some(&raw mut block.heat);
         let (linkable, page, counted) = (block.joins, block.host as usize & !0xfff, self.counted);
         let parts = [emit::Part::of(block, bytes)];
-        let Some(code) = self.emit(emit::Source { parts: &parts, page, linkable, second, counted, heat }) else {
+        let Some(code) = self.emit(emit::Source { parts: &parts, page, linkable, second, counted, array, heat }) else {
             return false;
         };
         block.code = code;
@@ -284,9 +285,9 @@ impl Translator {
     }
 
     /// Translates a trace, to which the code of its first block leads from now on.
-    fn translate_trace(&mut self, head: &mut Block, parts: &[emit::Part], linkable: bool) {
+    fn translate_trace(&mut self, head: &mut Block, parts: &[emit::Part], linkable: bool, array: Option<i32>) {
         let (page, counted) = (head.host as usize & !0xfff, self.counted);
-        let source = emit::Source { parts, page, linkable, second: None, counted, heat: None };
+        let source = emit::Source { parts, page, linkable, second: None, counted, array, heat: None };
         match self.emit(source) {
             Some(code) => {
                 self.stats.traces += 1;

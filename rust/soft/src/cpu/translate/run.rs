@@ -7,7 +7,7 @@ use super::stubs::reason;
 use super::trace::is_tame;
 use super::{Budget, Translation, Translator};
 use crate::cpu::block::{copy, near_the_hole, Block, MAX_BYTES};
-use crate::cpu::mmu::canonical;
+use crate::cpu::mmu::{canonical, Mode};
 use crate::cpu::op::Op;
 use crate::cpu::state::CodeSize;
 use crate::cpu::{Cpu, Stop, R};
@@ -195,7 +195,8 @@ impl Cpu {
         if !block.valid() || !block.second_valid() {
             return None;
         }
-        if self.translator.as_mut()?.translate(block, bytes) {
+        let array = self.only_array();
+        if self.translator.as_mut()?.translate(block, bytes, array) {
             return Some(block.code);
         }
         block.code.runs = 0;
@@ -204,6 +205,12 @@ impl Cpu {
             self.translator.as_mut()?.full = true;
         }
         None
+    }
+
+    /// The TLB array that code which is translated now may look at whatever `tlb_now` says: that of processes, for
+    /// their code. Elsewhere it finds nothing there that it might not do, and the handlers do it.
+    pub(super) fn only_array(&self) -> Option<i32> {
+        self.tlb.low_user_array().filter(|_| self.tlb.mode == Mode::User)
     }
 
     /// Control came to `code` from an exit: next time it shall do so by itself.

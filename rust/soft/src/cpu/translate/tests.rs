@@ -2,7 +2,7 @@
 //! code that changes. `soft-fuzz` compares what single instructions do.
 
 use super::{Budget, MEMORY};
-use crate::cpu::state::cr4;
+use crate::cpu::state::{cr0, cr4};
 use crate::cpu::testing::Bench;
 use crate::cpu::{attention, vector, Stop};
 use crate::host::vex::host_has_all;
@@ -200,6 +200,68 @@ fn test_translate_group_on_the_stack_is_the_interpreters_even_across_pages() {
     }
 }
 
+// ---- flags that are computed anew (`again.rs`) ---------------------------------------------------------------------
+
+#[test]
+fn test_translate_flags_that_look_ups_destroyed_are_the_interpreters_wherever_they_are_wanted() {
+    // mov ecx, 1000
+    // l: cmp rcx, 77; mov rax, [rbx]; setb sil; sub r9, r8; mov rdi, [rbx+rcx*2]; adc r10, [rbx+8]; add r11, rcx;
+    // mov [rbx+16], r11; jc c; xor rdx, rcx; c: add r12d, 0x7f000001; movzx eax, word [rbx+2]; cmovo r13, rax;
+    // and r14b, dil; push rdi; lahf; pop rbp; sub rax, 5; cmp [rbx+24], r8; movups xmm0, [rbx+1];
+    // mov r15, [rbx+rax+8]; sbb r15w, cx; test r15, r15; mov r15, [rbx+32]; lea r15, [r15+r11]; cmp r15, rax;
+    // dec ecx; jnz l; cmp r8, r13; inc rdi; sub rdi, r13; mov rdi, [rbp+0x40000000]
+    let code = [
+        0xb9, 0xe8, 3, 0, 0, 0x48, 0x83, 0xf9, 0x4d, 0x48, 0x8b, 3, 0x40, 0x0f, 0x92, 0xc6, 0x4d, 0x29, 0xc1, 0x48,
+        0x8b, 0x3c, 0x4b, 0x4c, 0x13, 0x53, 8, 0x49, 1, 0xcb, 0x4c, 0x89, 0x5b, 0x10, 0x72, 3, 0x48, 0x31, 0xca, 0x41,
+        0x81, 0xc4, 1, 0, 0, 0x7f, 0x0f, 0xb7, 0x43, 2, 0x4c, 0x0f, 0x40, 0xe8, 0x41, 0x20, 0xfe, 0x57, 0x9f, 0x5d,
+        0x48, 0x83, 0xe8, 5, 0x4c, 0x39, 0x43, 0x18, 0x0f, 0x10, 0x43, 1, 0x4c, 0x8b, 0x7c, 3, 8, 0x66, 0x41, 0x19,
+        0xcf, 0x4d, 0x85, 0xff, 0x4c, 0x8b, 0x7b, 0x20, 0x4f, 0x8d, 0x3c, 0x1f, 0x49, 0x39, 0xc7, 0xff, 0xc9, 0x75,
+        0xa2, 0x4d, 0x39, 0xe8, 0x48, 0xff, 0xc7, 0x4c, 0x29, 0xef, 0x48, 0x8b, 0xbd, 0, 0, 0, 0x40,
+    ];
+    for start in [0x2_0800u64, 0x2_0fd9, 0x2_0fe3, 0x2_0ff1, 0x2_0ff8, 0x2_0fff, 0x2_1000] {
+        both(&code, |bench| {
+            for index in 0..0x6000u64 {
+                bench.load(0x2_0000 + 8 * index, &(index * 0x0101_0101_0107).to_le_bytes());
+            }
+            for guest in 8..16 {
+                bench.cpu.regs[guest] = (guest as u64).wrapping_mul(0x8765_4321_f00d_cafe);
+            }
+            bench.cpu.regs[3] = start;
+        });
+    }
+}
+
+#[test]
+fn test_translate_faults_find_flags_of_a_comparison_and_of_arithmetic() {
+    // mov rbx, 0x40000000 (not mapped); then one of these; what may change its operands; mov rax, [rbx]
+    let setters: [&[u8]; 9] = [
+        &[0x48, 0x39, 0xd6],                         // cmp rsi, rdx
+        &[0x45, 0x38, 0xc1],                         // cmp r9b, r8b
+        &[0x66, 0x41, 0x81, 0xf9, 0x34, 0x12],       // cmp r9w, 0x1234
+        &[0x4d, 0x85, 0xc9],                         // test r9, r9
+        &[0x41, 0x20, 0xf1],                         // and r9b, sil
+        &[0x66, 0x44, 0x31, 0xce],                   // xor si, r9w
+        &[0x4c, 0x01, 0xce],                         // add rsi, r9
+        &[0x45, 0x29, 0xc1],                         // sub r9d, r8d
+        &[0x41, 0x81, 0xc1, 0xff, 0xff, 0xff, 0x7f], // add r9d, 0x7fffffff
+    ];
+    let between: [&[u8]; 3] = [
+        &[],
+        &[0x4d, 0x8d, 0x49, 1, 0x48, 0x8d, 0x76, 1], // lea r9, [r9+1]; lea rsi, [rsi+1]
+        &[0x4c, 0x8b, 0x0f, 0x48, 0x8b, 0xb7, 0, 8, 0, 0], // mov r9, [rdi]; mov rsi, [rdi+0x800]
+    ];
+    for (setter, between) in setters.into_iter().flat_map(|setter| between.map(|between| (setter, between))) {
+        for value in [0u64, 1, 0x7f, 0x80, 0x7fff_ffff, 0x8000_0000, u64::MAX] {
+            let code = [&[0xbb, 0, 0, 0, 0x40], setter, between, &[0x48, 0x8b, 3]].concat();
+            let translated = both(&code, |bench| {
+                (bench.cpu.regs[2], bench.cpu.regs[6], bench.cpu.regs[7]) = (value, 0x80ff, 0x2_0000);
+                (bench.cpu.regs[8], bench.cpu.regs[9]) = (0x8000_007f, value);
+            });
+            assert_eq!(translated.cpu.fault.vector, vector::PF);
+        }
+    }
+}
+
 // ---- AVX: on hosts that lack it the interpreter has no such instruction either --------------------------------------
 
 const PATTERN: [u8; 32] = *b"the lower half..the upper half..";
@@ -347,6 +409,31 @@ fn test_translate_two_pages_of_one_tlb_slot_do_not_drive_each_other_out() {
     });
     assert_eq!(translated.cpu.regs[0], 999 * 1000 / 2);
     assert!(translated.cpu.counters.tlb_misses < 20, "{}", translated.cpu.counters.tlb_misses);
+}
+
+#[test]
+fn test_translate_code_of_processes_finds_nothing_in_its_tlb_once_alignment_is_checked() {
+    // mov ecx, 1000; l: mov rax, [rbx+1]; mov [rbx+rax+9], rax; dec ecx; jnz l; pushfq; or dword [rsp], 0x40000; popfq;
+    // inc rdx; mov rax, [rbx+rax+1]
+    let code = [
+        0xb9, 0xe8, 3, 0, 0, 0x48, 0x8b, 0x43, 1, 0x48, 0x89, 0x44, 3, 9, 0xff, 0xc9, 0x75, 0xf3, 0x9c, 0x81, 0x0c,
+        0x24, 0, 0, 4, 0, 0x9d, 0x48, 0xff, 0xc2, 0x48, 0x8b, 0x44, 3, 1,
+    ];
+    let [interpreted, translated] = [0, 1].map(|hot| {
+        let mut bench = Bench::new(1 << 20).long_mode(CODE, true);
+        bench.load(CODE, &code);
+        assert!(hot == 0 || bench.cpu.use_translator(hot, Budget::share(MEMORY, 4)));
+        (bench.cpu.regs[2], bench.cpu.regs[3], bench.cpu.regs[4]) = (0, 0x2_0000, 0x8000);
+        bench.cpu.cr0 |= cr0::AM;
+        bench.cpu.cpl = 3;
+        bench.cpu.update_modes();
+        assert_eq!(bench.cpu.run_raw(10_000_000), Err(Stop::Fault));
+        bench
+    });
+    assert_eq!((translated.cpu.fault.vector, translated.cpu.rip), (vector::AC, CODE + 30));
+    assert_eq!(interpreted.cpu.regs[..16], translated.cpu.regs[..16]);
+    assert_eq!((interpreted.cpu.rip, interpreted.cpu.retired), (translated.cpu.rip, translated.cpu.retired));
+    assert!([0x2_0000, 0x2_0008].iter().all(|&at| interpreted.word(at) == translated.word(at)));
 }
 
 #[test]

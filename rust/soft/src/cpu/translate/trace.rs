@@ -196,9 +196,10 @@ impl Cpu {
                 return;
             }
             let parts: Vec<_> = trace.iter().zip(&bytes).map(|(&block, bytes)| Part::of(&*block, bytes)).collect();
+            let array = self.only_array();
             let joins = trace.last().is_some_and(|&last| (*last).joins);
             if let Some(translator) = &mut self.translator {
-                translator.translate_trace(&mut *head, &parts, joins);
+                translator.translate_trace(&mut *head, &parts, joins, array);
             }
         }
     }
