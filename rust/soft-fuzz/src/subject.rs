@@ -202,6 +202,7 @@ impl Subject {
         self.placed = (case.state.rip, image.len());
         self.announce(old.0, old.1);
         self.announce(case.state.rip, image.len());
+        self.cpu.forget_returns();
     }
 
     /// The host wrote code.

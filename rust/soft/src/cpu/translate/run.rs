@@ -116,8 +116,9 @@ impl Cpu {
         }
     }
 
-    /// Code changed, or all of it goes: RETs look for theirs anew.
-    pub(crate) fn forget_returns(&mut self) {
+    /// Code changed, or all of it goes: RETs look for theirs anew. Whoever writes code for a vCPU without a board
+    /// calls it; in a machine `attention::CODE` does.
+    pub fn forget_returns(&mut self) {
         self.native_out.returns = [link::Return::NONE; link::RETURNS];
     }
 
