@@ -270,10 +270,6 @@ pub fn obstacle() -> Option<&'static str> {
     None
 }
 
-/// Nothing of this process may lie where programs come to by adding addresses of theirs, as the translator's tables do
-/// otherwise, which are below 2 GiB: there the host would find memory, and the interpreter none.
-const KEPT_CLEAR: [(u64, u64); 2] = [(0x4000_0000, CONTEXT), (CONTEXT + 4096, 0x7800_0000)];
-
 static IN_USE: Mutex<()> = Mutex::new(());
 
 /// The native executor. Its addresses are fixed, so there is one per process at a time.
@@ -308,9 +304,6 @@ impl Native {
         }
         let only_one = IN_USE.lock().unwrap_or_else(PoisonError::into_inner);
         let rw = libc::PROT_READ | libc::PROT_WRITE;
-        for (from, to) in KEPT_CLEAR {
-            map(from, (to - from) as usize, libc::PROT_NONE)?;
-        }
         map(CONTEXT, 4096, rw)?;
         map(DATA, DATA_BYTES, rw)?;
         map(STACK, STACK_BYTES, rw)?;
