@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from ostler.errors import AdmissionRefused
+
 MEMORY, CPU, DISK = "memory", "cpu", "disk"
 DISK_BANDWIDTH, NETWORK_BANDWIDTH = "disk_bandwidth", "network_bandwidth"
 QUANTITIES = (MEMORY, CPU, DISK, DISK_BANDWIDTH, NETWORK_BANDWIDTH)
@@ -57,6 +59,15 @@ def check(limit: Mapping[str, int], promised: Iterable[Claim], asked: Claim) -> 
             if resource in claim.exclusives:
                 return Lack(resource, 1, 0, 1, claim.holder)
     return None
+
+
+def require(limit: Mapping[str, int], promised: Iterable[Claim], *asked: Claim) -> None:
+    """Raise AdmissionRefused for the first that cannot be promised beside all that is, and beside those before it."""
+    beside = [*promised]
+    for claim in asked:
+        if (lack := check(limit, beside, claim)) is not None:
+            raise AdmissionRefused(sentence(claim.holder, lack), lack=lack)
+        beside = [*(each for each in beside if each.holder != claim.holder), claim]
 
 
 def total(claims: Iterable[Claim], resource: str) -> int:

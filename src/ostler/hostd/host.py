@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ostler.errors import AdmissionRefused, BadRequest, OstlerError
+from ostler.errors import BadRequest, OstlerError
 from ostler.hostd import admission, claims, ordering
 from ostler.hostd.admission import Claim
 from ostler.hostd.definition import Definition
@@ -144,19 +144,14 @@ class Host:
         """
         asked = Guest(definition.name, definition).claim
         beside = self.promised() if starts or definition.host.autostart else []
-        if (lack := admission.check(self.limits, beside, asked)) is not None:
-            raise AdmissionRefused(admission.sentence(definition.name, lack), lack=lack)
+        admission.require(self.limits, beside, asked)
 
     def begin_making(
         self, kind: str, guest: str | None, by: str, work: Work, *, asked: Sequence[Claim], can_cancel: bool = False
     ) -> Job:  # fmt: skip
         """A job that makes guests: what they will hold is theirs from now on. Raises AdmissionRefused for a lack."""
         with self.changed:
-            beside = self.promised()
-            for claim in asked:
-                if (lack := admission.check(self.limits, beside, claim)) is not None:
-                    raise AdmissionRefused(admission.sentence(claim.holder, lack), lack=lack)
-                beside.append(claim)
+            admission.require(self.limits, self.promised(), *asked)
             job = self.jobs.begin(kind, guest, by, work, can_cancel=can_cancel)
             self._held[job.id] = [*asked]
             return job
@@ -164,8 +159,7 @@ class Host:
     def admit_share(self, guest: Guest, reserve_percent: float) -> None:
         """Raise AdmissionRefused where a running guest cannot be given so much of the processors."""
         asked = claims.with_share(guest.claim, {"cpu_reserve": reserve_percent})
-        if (lack := admission.check(self.limits, self.promised(), asked)) is not None:
-            raise AdmissionRefused(admission.sentence(guest.name, lack), lack=lack)
+        admission.require(self.limits, self.promised(), asked)
 
     def define(self, definitions: Iterable[Definition], *, replace: bool) -> list[GuestView]:
         """Define guests: all or none. Raises BadRequest for a name in use, a cycle, a lack; DatabaseFull."""
@@ -200,8 +194,7 @@ class Host:
         if definition.host.autostart or self._is_active(definition.name):
             others = [Guest(each.name, each).claim for each in new.values() if each.host.autostart]
             beside = [*others, *(each for each in self.promised() if each.holder not in new)]
-        if (lack := admission.check(self.limits, beside, asked)) is not None:
-            raise AdmissionRefused(admission.sentence(definition.name, lack), lack=lack)
+        admission.require(self.limits, beside, asked)
 
     def _is_active(self, name: str) -> bool:
         return name in self.guests and self.guests[name].is_active

@@ -9,7 +9,7 @@ import contextlib
 import time
 from typing import Any
 
-from ostler.errors import AdmissionRefused, BadRequest, OstlerError
+from ostler.errors import BadRequest, OstlerError
 from ostler.hostd import admission, ordering
 from ostler.hostd.following import over, rest, watch
 from ostler.hostd.guest import ALIVE, Guest
@@ -35,7 +35,8 @@ def begin_start(host: Host, name: str, by: str, *, after_s: float | None = None)
         for each in missing:
             refuse_undefined(host.guests[each])
             _refuse_busy(host, host.guests[each])
-        _admit_all(host, missing)
+        # What is admitted together can be started together.
+        admission.require(host.limits, host.promised(), *(host.guests[each].claim for each in missing))
         made: dict[str, Job] = {}
         for each in missing:
             wanted = host.guests[each]
@@ -118,16 +119,6 @@ def _refuse_busy(host: Host, guest: Guest) -> None:
     view = host.jobs.get(guest.job)
     if view is not None and view.kind not in {"start", "restart"}:
         raise BadRequest(f"guest {guest.name!r}: a job is under way ({view.kind} {guest.job})")
-
-
-def _admit_all(host: Host, names: list[str]) -> None:
-    """Each of them beside the others: what is admitted together can be started together."""
-    beside = host.promised()
-    for name in names:
-        claim = host.guests[name].claim
-        if (lack := admission.check(host.limits, beside, claim)) is not None:
-            raise AdmissionRefused(admission.sentence(name, lack), lack=lack)
-        beside = [*(each for each in beside if each.holder != name), claim]
 
 
 def _begin_one(host: Host, guest: Guest, by: str, after_s: float | None) -> Job:
