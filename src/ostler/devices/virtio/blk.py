@@ -63,7 +63,7 @@ class Block(VirtioDevice):
     ) -> None:
         """`limit` is of what is read and written together."""
         super().__init__()
-        self._pace = Pace(limit, self._go_on)
+        self._pace = Pace(limit, self)
         self._worker = worker or AtOnce()
         self.disk = disk
         self.queue_sizes = (QUEUE_SIZE,) * queue_count
@@ -176,10 +176,6 @@ class Block(VirtioDevice):
             len(self.queue_sizes), MAX_RANGE_SECTORS, MAX_RANGES, DISCARD_ALIGN_SECTORS,
             MAX_RANGE_SECTORS, MAX_RANGES, 1,
         )  # fmt: skip
-
-    def _go_on(self, index: int) -> None:
-        # The transport has its say only after this device was made.
-        self.kick_again(index)
 
     # -- requests ---------------------------------------------------------------------------------
 

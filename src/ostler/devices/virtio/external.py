@@ -59,7 +59,7 @@ class ExternalDevice(VirtioDevice):
     ) -> None:
         """`feature_mask` is what of the server's features this device may offer, `limit` of what goes both ways."""
         super().__init__()
-        self._pace = Pace(limit, self._go_on)
+        self._pace = Pace(limit, self)
         self.queue_sizes = queue_sizes
         self.features = server.features & feature_mask
         self._server = server
@@ -115,10 +115,6 @@ class ExternalDevice(VirtioDevice):
 
     def read_config(self, offset: int, size: int) -> int:
         return read_field(self._server.config, offset, size)
-
-    def _go_on(self, index: int) -> None:
-        # The transport has its say only after this device was made.
-        self.kick_again(index)
 
     def _answer(self, chain: Chain) -> int | None:  # noqa: ARG002
         """Bytes written to a request that is answered here; None for one the server is to see."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ostler.devices.virtio.device import VirtioDevice
 from ostler.devices.wiring import NS_PER_SECOND, Clock, Timer
 
 DEFAULT_BURST_S = 0.1
@@ -56,8 +57,8 @@ class RateLimit:
 class Pace:
     """One limit, if any, over all queues of a device: those that had to wait are kicked when more may pass."""
 
-    def __init__(self, limit: RateLimit | None, kick: Callable[[int], None]) -> None:
-        self._limit, self._kick = limit, kick
+    def __init__(self, limit: RateLimit | None, device: VirtioDevice) -> None:
+        self._limit, self._device = limit, device
         self._waiting: set[int] = set()
 
     def may_pass(self, queue: int) -> bool:
@@ -81,4 +82,4 @@ class Pace:
     def _resume(self) -> None:
         waiting, self._waiting = sorted(self._waiting), set()
         for queue in waiting:
-            self._kick(queue)
+            self._device.kick_again(queue)
