@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,9 +31,7 @@ MEANING = {
     Fault.PANIC: "the guest's kernel reported a panic", Fault.TRIPLE_FAULT: "triple fault",
     Fault.HANG: "the guest did not feed its watchdog",
 }  # fmt: skip
-UNDEFINED_INSTRUCTION = 6
 RETRY_NS = 1_000_000_000
-MAX_COUNT, MAX_HANG_S, DEFAULT_HANG_S = 1 << 20, 3600.0, 60.0
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -129,7 +127,7 @@ class FaultService:
         """Once a second: is there space now? Then the guest goes on."""
         if not self._waiting or not self._process.is_paused:
             return
-        self._do_again()
+        self._retry_all(self._waiting.values())
         if any(device.is_waiting for device in self._waiting.values()):
             self._retry.arm(time.monotonic_ns() + RETRY_NS)
             return
@@ -137,18 +135,15 @@ class FaultService:
         self._process.resume()
         self._service.announce("resumed", fault=Fault.NO_SPACE.value)
 
-    def _do_again(self) -> None:
-        for device in self._waiting.values():
+    def _retry_all(self, devices: Iterable[Block]) -> None:
+        for device in devices:
             with self._process.lock:
                 device.retry()
 
     def _resumed(self) -> None:
         """Somebody let the guest go on: what could not be done is tried again, and may fail anew."""
-        if self._waiting:
-            waiting, self._waiting = self._waiting, {}
-            for device in waiting.values():
-                with self._process.lock:
-                    device.retry()
+        waiting, self._waiting = self._waiting, {}
+        self._retry_all(waiting.values())
 
     # -- asked for ---------------------------------------------------------------------------------
 
