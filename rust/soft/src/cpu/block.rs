@@ -124,8 +124,7 @@ impl Hasher for KeyHasher {
 /// A jump cache that leads nowhere: no context is zero, as no address space number is.
 fn no_jumps() -> Table<Jump> {
     // SAFETY: it is numbers and a pointer that is not followed before the context is the right one.
-    let jumps = unsafe { Table::new(JUMPS) };
-    jumps.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<[Jump; JUMPS]>()))
+    unsafe { Table::always(JUMPS) }
 }
 
 /// Operations of blocks, which do not move. Memory of its own: it takes what was put into it, and goes when it does.
@@ -137,9 +136,7 @@ struct Chunk {
 impl Chunk {
     fn new() -> Self {
         // SAFETY: any bytes will do.
-        let ops = unsafe { Table::new(CHUNK_OPS) };
-        let ops = ops.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<[Op; CHUNK_OPS]>()));
-        Self { ops, used: 0 }
+        Self { ops: unsafe { Table::always(CHUNK_OPS) }, used: 0 }
     }
 
     /// Puts operations behind those there are; `None` where there is no room.

@@ -70,8 +70,7 @@ pub enum Mode {
 /// the host has room there.
 fn arrays() -> Table<[Entry; ALL]> {
     // SAFETY: entries are integers.
-    let arrays = unsafe { Table::low(NEVER + 1).or_else(|| Table::new(NEVER + 1)) };
-    arrays.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<[[Entry; ALL]; NEVER + 1]>()))
+    unsafe { Table::low(NEVER + 1).unwrap_or_else(|| Table::always(NEVER + 1)) }
 }
 
 /// The three arrays and the address space numbers.

@@ -1,6 +1,7 @@
 //! Tables that take memory only where they were written: a host mapping that reads as zeroes until then, and again
 //! after [`Table::reset`]. An entry of zeroes must be a good value of its type.
 
+use std::alloc::{handle_alloc_error, Layout};
 use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
 
@@ -30,6 +31,16 @@ impl<T: Copy> Table<T> {
     pub unsafe fn low(count: usize) -> Option<Self> {
         // SAFETY: the caller's promise.
         unsafe { Self::map(count, libc::MAP_32BIT) }
+    }
+
+    /// As [`Table::new`]; where the host has no memory, the process ends as by its allocator.
+    ///
+    /// # Safety
+    /// Zeroes are a valid `T`.
+    pub unsafe fn always(count: usize) -> Self {
+        // SAFETY: the caller's promise.
+        let made = unsafe { Self::new(count) };
+        made.unwrap_or_else(|| handle_alloc_error(Layout::array::<T>(count).unwrap_or(Layout::new::<T>())))
     }
 
     unsafe fn map(count: usize, where_to: i32) -> Option<Self> {
